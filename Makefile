@@ -1,0 +1,52 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# DATA=<folder>: an unpacked CIFAR-10 image folder for the slow checks
+export DATA
+
+.PHONY: help setup demo test test-slow test-oldest lint format wheel clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python >= 3.10 is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+setup: $(VENV)/.ready  ## make the virtual environment and install everything into it
+
+demo: setup  ## train on digits with ddp, then with compressed_ddp; print a table, write a picture
+	$(BIN)/python -m recipes.resnet.demo
+
+test: setup  ## run the tests (at most 10 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## run the slow checks too; DATA=<unpacked CIFAR-10 image folder> for those on real data
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
+
+OLDEST ?= .venv-oldest
+OLDEST_TORCH ?= 2.13.0
+test-oldest: ## run the tests on the oldest Lightning and an older torch
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --upgrade pip
+	$(OLDEST)/bin/python -m pip install torch==$(OLDEST_TORCH) lightning==2.6.0
+	$(OLDEST)/bin/python -m pip install -e ".[test,wandb]" scikit-learn matplotlib pillow lightning==2.6.0 torch==$(OLDEST_TORCH)
+	$(OLDEST)/bin/python -m pytest
+
+lint: setup  ## ruff, ruff format, mypy strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lightning_distopt
+
+format: setup  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: setup  ## build the wheel and the source archive into dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) $(OLDEST) dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,218 @@
+"""A compressor turns a tensor into a payload, the bytes that travel, and a payload back into a tensor.
+
+    tensor ──compress──▶ Payload ──decompress──▶ tensor'          residual = tensor - tensor'
+
+A scheme implements three small functions (``layout``, ``_encode``, ``_decode_add_``) and declares what it bears:
+
+==================  =========================================================================================
+``unbiased``        ``E[decompress(compress(v))] == v``: may be averaged without a residual
+``contractive``     ``E|v - decompress(compress(v))|² <= (1 - d)|v|²`` with ``d > 0``: may carry error feedback
+``linear``          the fields of payloads with one key can be summed: all-reduce is allowed
+``shared_randomness``  all ranks must use the same key, and the receiver decodes with it
+``per_tensor``      the result depends on how a buffer is cut into tensors
+``splittable``      a payload can be cut by coordinates (:meth:`Compressor.split`), so ranks can share the serving
+==================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_distopt.compressors.randomness import fresh_key
+from lightning_distopt.errors import NonFiniteError
+
+__all__ = ["Compressor", "Field", "Payload", "check_ratio"]
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Field(NamedTuple):
+    """One named section of a payload: ``numel`` elements of ``dtype``."""
+
+    name: str
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What travels for one tensor, and what the receiver needs to rebuild it.
+
+    Only ``fields`` travel. Shape and dtype are known on both ends (all replicas hold the same parameters), and the key
+    is derived on both ends.
+
+    Args:
+        fields: 1-D contiguous tensors by name, in the order of the compressor's layout.
+        shape: shape of the tensor that was compressed.
+        dtype: dtype of the tensor that was compressed, and of the one that ``decompress`` returns.
+        key: 64-bit key of the randomness; 0 where the scheme draws nothing.
+    """
+
+    fields: dict[str, Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    key: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that travel, exactly."""
+        return sum(field.nbytes for field in self.fields.values())
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor that was compressed."""
+        return self.shape.numel()
+
+
+class Compressor(ABC):
+    """Base class of all schemes; see the module's table for the flags."""
+
+    unbiased: bool = False
+    contractive: bool = False
+    linear: bool = False
+    shared_randomness: bool = False
+    per_tensor: bool = True
+    splittable: bool = True
+    random: bool = False
+
+    @abstractmethod
+    def layout(self, numel: int, dtype: torch.dtype, entries: int | None = None) -> tuple[Field, ...]:
+        """Describe the payload of a tensor with ``numel`` elements of ``dtype``, so that receivers can parse bytes.
+
+        Args:
+            numel: elements of the tensor.
+            dtype: its dtype.
+            entries: number of entries actually present, for a part of a payload whose size depends on the data.
+        """
+
+    @abstractmethod
+    def _encode(self, flat: Tensor, key: int) -> dict[str, Tensor]:
+        """Return the fields for a 1-D, contiguous tensor, without changing it.
+
+        The input may be non-finite only if the caller said ``assume_finite``; then the fields must decode to something
+        non-finite too, never to plausible numbers.
+        """
+
+    @abstractmethod
+    def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
+        """Add ``alpha * decoded`` to the 1-D tensor ``out``."""
+
+    def compress(self, tensor: Tensor, key: int | None = None, *, assume_finite: bool = False) -> Payload:
+        """Return the payload of ``tensor``, which is not changed.
+
+        Args:
+            tensor: any shape, float16, bfloat16, float32 or float64.
+            key: 64-bit key of the randomness; ``None`` draws a fresh one from torch's global generator. Schemes that
+                draw nothing ignore it.
+            assume_finite: the caller vouches that all values are finite; saves one pass over the tensor.
+
+        Raises:
+            TypeError: if ``tensor`` is not a dense floating-point tensor.
+            NonFiniteError: if ``tensor`` holds a NaN or an infinity.
+        """
+        if tensor.dtype not in _FLOATING or tensor.layout is not torch.strided:
+            raise TypeError(
+                f"`tensor` must be a dense floating-point tensor: got {tensor.dtype} with layout {tensor.layout}. "
+                "Convert it, or leave it out of the exchange."
+            )
+        flat = tensor.detach().contiguous().view(-1)
+        if not assume_finite:
+            _check_finite(flat)
+        if not self.random:
+            key = 0
+        elif key is None:
+            key = fresh_key()
+        return Payload(self._encode(flat, key), tensor.shape, tensor.dtype, key)
+
+    def compress_(self, buffer: Tensor, key: int | None = None, *, assume_finite: bool = False) -> Payload:
+        """Like :meth:`compress`, and leave the residual in ``buffer``.
+
+        Contract: ``buffer_before == decompress(payload) + buffer_after``, the subtraction rounded in ``buffer``'s dtype.
+        """
+        payload = self.compress(buffer, key, assume_finite=assume_finite)
+        self.decompress_add_(payload, buffer, alpha=-1.0)
+        return payload
+
+    def decompress(self, payload: Payload) -> Tensor:
+        """Return the tensor that the payload stands for, in its original shape and dtype."""
+        device = next(iter(payload.fields.values())).device
+        out = torch.zeros(payload.shape, dtype=payload.dtype, device=device)
+        self.decompress_add_(payload, out)
+        return out
+
+    def decompress_add_(self, payload: Payload, out: Tensor, alpha: float = 1.0) -> None:
+        """Add ``alpha * decompress(payload)`` to ``out``, any tensor with as many elements.
+
+        Raises:
+            ValueError: if ``out`` has another number of elements than the payload's tensor.
+        """
+        if out.numel() != payload.numel:
+            raise ValueError(f"`out` must have {payload.numel} elements like the payload's tensor: got {out.numel()}.")
+        with torch.no_grad():
+            if out.is_contiguous():
+                self._decode_add_(payload.fields, payload.key, out.view(-1), alpha)
+            else:
+                flat = out.contiguous().view(-1)
+                self._decode_add_(payload.fields, payload.key, flat, alpha)
+                out.copy_(flat.view(out.shape))
+
+    def split(self, payload: Payload, bounds: list[int]) -> list[Payload]:
+        """Cut a payload by coordinates of the flat tensor: part ``i`` decodes to elements ``bounds[i]:bounds[i + 1]``.
+
+        Args:
+            payload: of a tensor with ``n`` elements.
+            bounds: ascending, from 0 to ``n``; inner bounds are multiples of 8 so that packed bits stay whole bytes.
+        """
+        raise TypeError(f"`{self}` cannot be split by coordinates. Use `exchange='all_reduce'` or `'all_gather'`.")
+
+    def entries(self, payload: Payload) -> int | None:
+        """Return how many entries a (part of a) payload holds, or None where the layout alone decides."""
+        return None
+
+    def nbytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
+        """Return the exact payload size in bytes of a tensor with ``numel`` elements."""
+        return sum(field.numel * field.dtype.itemsize for field in self.layout(numel, dtype))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def check_ratio(ratio: float) -> float:
+    """Return ``ratio`` if it is a fraction in (0, 1]; raise a ``ValueError`` that names the rule otherwise."""
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise TypeError(f"`ratio` must be a number in (0, 1]: got {ratio!r}. Use for example `ratio=0.01` to keep 1 %.")
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"`ratio` must be in (0, 1], the fraction kept: got {ratio}. Use 0.01 to keep 1 %.")
+    return float(ratio)
+
+
+def kept(numel: int, ratio: float) -> int:
+    """Return ``max(1, int(numel * ratio))``, the entries kept of ``numel``; 0 of an empty tensor."""
+    return min(numel, max(1, int(numel * ratio)))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums over a tensor of ``dtype`` are taken in: at least float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def all_finite(flat: Tensor) -> bool:
+    """Whether every element is finite, by one sum in the common case."""
+    # A sum is finite only if all terms are; it may overflow without a bad term, so only then look at each.
+    return bool(flat.sum(dtype=wide(flat.dtype)).isfinite()) or bool(flat.isfinite().all())
+
+
+def _check_finite(flat: Tensor) -> None:
+    if all_finite(flat):
+        return
+    bad = (~flat.isfinite()).nonzero().view(-1)
+    nans = int(flat.isnan().sum())
+    raise NonFiniteError(
+        f"`tensor` must be finite: got {nans} NaN and {len(bad) - nans} infinite of {flat.numel()} elements, the first at "
+        f"flat index {int(bad[0])}. Clip or skip the step before compressing; a payload would hide them."
+    )

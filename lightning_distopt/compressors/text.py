@@ -1,0 +1,74 @@
+"""Compressors by name, for strings on the command line and in YAML: ``"topk:0.01"``, ``"sign"``, ``"bf16"``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lightning_distopt.compressors.base import Compressor
+from lightning_distopt.compressors.dense import Dense
+from lightning_distopt.compressors.random_block import RandomBlock
+from lightning_distopt.compressors.scaled_sign import ScaledSign
+from lightning_distopt.compressors.topk import TopK
+
+__all__ = ["KNOWN", "as_compressor", "parse"]
+
+
+class _Form(NamedTuple):
+    make: Callable[..., Compressor]
+    argument: Callable[[str], object] | None  # how to read what follows the colon; None: nothing may follow
+    example: str
+
+
+KNOWN: dict[str, _Form] = {
+    "topk": _Form(TopK, float, "topk:0.01"),
+    "sign": _Form(ScaledSign, None, "sign"),
+    "random_block": _Form(RandomBlock, float, "random_block:0.01"),
+    "dense": _Form(Dense, str, "dense:float32"),
+    "float32": _Form(lambda: Dense("float32"), None, "float32"),
+    "float16": _Form(lambda: Dense("float16"), None, "float16"),
+    "bfloat16": _Form(lambda: Dense("bfloat16"), None, "bfloat16"),
+}
+_ALIASES = {"scaled_sign": "sign", "none": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def parse(text: str) -> Compressor:
+    """Build a compressor from ``"name"`` or ``"name:number"``.
+
+    Raises:
+        ValueError: for an unknown name (the known ones are listed), a missing, superfluous or unreadable argument.
+
+    Example:
+        >>> parse("topk:0.01")
+        TopK(ratio=0.01)
+    """
+    name, _, argument = text.strip().lower().partition(":")
+    form = KNOWN.get(_ALIASES.get(name, name))
+    if form is None:
+        known = ", ".join(f"'{known.example}'" for known in KNOWN.values())
+        raise ValueError(f"`compressor` must be one of {known} (or a `Compressor`): got {text!r}.")
+    if not argument:
+        return form.make()
+    if form.argument is None:
+        raise ValueError(f"`compressor={name!r}` takes no argument: got {text!r}. Write {form.example!r}.")
+    try:
+        value = form.argument(argument)
+    except ValueError as error:
+        raise ValueError(f"`compressor={text!r}`: {argument!r} is not a number. Write for example {form.example!r}.") from error
+    return form.make(value)
+
+
+def as_compressor(compressor: Compressor | str) -> Compressor:
+    """Return a compressor as it is, or the one that a text names.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if isinstance(compressor, Compressor):
+        return compressor
+    if isinstance(compressor, str):
+        return parse(compressor)
+    raise TypeError(
+        f"`compressor` must be a `Compressor` or a text such as 'topk:0.01': got {type(compressor).__name__}. "
+        "Use for example `compressor=TopK(0.01)`."
+    )

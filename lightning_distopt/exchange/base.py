@@ -1,0 +1,95 @@
+"""An exchange averages payloads over the ranks: the only place where compressed bytes meet ``torch.distributed``.
+
+``mean`` is a generator. It starts a collective, yields while the network works, and waits when it is resumed, so that a
+caller can compress the next bucket meanwhile. All ranks resume in the same order, hence issue the same collectives in
+the same order:
+
+    compress 0 ─ start 0 ─ compress 1 ─ start 1 ─ wait 0 ─ decode 0 ─ compress 2 ─ start 2 ─ wait 1 ...
+                   └──────── on the network ───────┘
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from typing import TypeAlias
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_distopt.compressors.base import Compressor, Payload
+from lightning_distopt.exchange.meter import Meter
+
+__all__ = ["Exchange", "Steps", "overlap"]
+
+Steps: TypeAlias = Generator[None, None, None]
+"""Work in stages; each ``yield`` is a moment at which a collective is under way."""
+
+
+class Exchange(ABC):
+    """Averages payloads over a process group.
+
+    Args:
+        compressor: how payloads are decoded (and, for a server, compressed again).
+        meter: counts what travels.
+        group: process group; the default one if ``None``.
+    """
+
+    def __init__(self, compressor: Compressor, meter: Meter, group: dist.ProcessGroup | None = None) -> None:
+        self.compressor = compressor
+        self.meter = meter
+        self.group = group
+        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+
+    @abstractmethod
+    def mean(self, names: Sequence[str], payloads: Sequence[Payload], out: Sequence[Tensor], step: int) -> Steps:
+        """Write the mean over ranks of the decoded payloads into ``out``, the same bits on every rank.
+
+        Args:
+            names: one a payload, the same on all ranks; residuals of a server are kept under them.
+            payloads: what this rank contributes; owned by the exchange from here on.
+            out: 1-D tensors, overwritten.
+            step: number of the exchange; enters the keys of a server's randomness.
+        """
+
+    def wait(self, work: dist.Work | None) -> None:
+        """Wait for a collective and count the time as exposed communication."""
+        if work is not None:
+            with self.meter.timed("exchange"):
+                work.wait()
+
+    def add_decoded(self, fields: dict[str, Tensor], like: Payload, out: Tensor, alpha: float) -> None:
+        """Add ``alpha * decoded`` of one rank's fields to ``out``; shape, dtype and key are those of the own payload."""
+        self.compressor.decompress_add_(Payload(fields, like.shape, like.dtype, like.key), out, alpha)
+
+
+def overlap(works: Iterable[Steps], depth: int = 2) -> None:
+    """Run staged works to their ends, at most ``depth`` under way, in an order that depends on their stages alone.
+
+    Creating the next work (compressing the next bucket) happens while the earlier ones are on the network.
+    """
+    active: deque[Steps] = deque()
+    for work in works:
+        if _advance(work):
+            active.append(work)
+        while len(active) >= depth:
+            _advance_first(active)
+    while active:
+        _advance_first(active)
+
+
+def _advance_first(active: deque[Steps]) -> None:
+    first = active.popleft()
+    if _advance(first):
+        active.append(first)
+
+
+def _advance(work: Steps) -> bool:
+    """Run one stage; False if it was the last."""
+    try:
+        next(work)
+    except StopIteration:
+        return False
+    return True

@@ -1,0 +1,29 @@
+"""Every test starts with the same seed and leaves no process group, environment variable or thread count behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+# Set by Lightning's launchers and seeding, by design; everything else that appears in the environment is a leak.
+_ALLOWED = {"OMP_NUM_THREADS", "MASTER_PORT", "MASTER_ADDR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "WANDB_MODE", "WANDB_SERVICE"}
+_FOREIGN = ("PYTEST_", "HYPOTHESIS_", "KMP_", "CUDA_", "TORCHINDUCTOR_", "TRITON_", "WANDB_", "LC_", "COLUMNS", "LINES", "TOKENIZERS_")
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    torch.manual_seed(0)
+    before = dict(os.environ)
+    threads = torch.get_num_threads()
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch.set_num_threads(threads)
+    leaked = [k for k in os.environ if k not in before and k not in _ALLOWED and not k.startswith(_FOREIGN)]
+    os.environ.clear()
+    os.environ.update(before)
+    assert not leaked, f"environment variables left behind: {leaked}"
