@@ -1,7 +1,7 @@
 """The `distopt` command: LightningCLI with this package's names registered, and sub-commands of our own.
 
-    distopt fit|validate|test|predict ...   -> LightningCLI: any LightningModule and LightningDataModule by class path
-    distopt strategies ...                  -> a function of the table `COMMANDS`
+distopt fit|validate|test|predict ...   -> LightningCLI: any LightningModule and LightningDataModule by class path
+distopt strategies ...                  -> a function of the table `COMMANDS`
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -102,7 +103,7 @@ class RunConfigCallback(SaveConfigCallback):
         if isinstance(logger, WandbLogger):
             # W&B writes a `config.yaml` of its own into this folder.
             Path(logger.experiment.dir, "distopt.yaml").write_text(text)
-            logger.experiment.config.update({"distopt": self.config.as_dict()}, allow_val_change=True)
+            logger.experiment.config.update({"distopt": yaml.safe_load(text)}, allow_val_change=True)
         elif log_dir is not None:
             Path(log_dir).mkdir(parents=True, exist_ok=True)
             Path(log_dir, self.config_filename).write_text(text)
@@ -161,7 +162,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = ["usage: distopt <sub-command> [options]", "", "Train with Lightning and the strategies of lightning_distopt."]
+    lines = [
+        "usage: distopt <sub-command> [options]",
+        "",
+        "Train with Lightning and the strategies of lightning_distopt.",
+    ]
     lines += ["", "sub-commands of Lightning (each takes --config, --help and --print_config):"]
     lines += [f"  {name:<12}{text}" for name, text in LIGHTNING_COMMANDS.items()]
     lines += ["", "sub-commands of this package (each takes --help):"]

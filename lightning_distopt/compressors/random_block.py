@@ -32,7 +32,9 @@ class RandomBlock(Compressor):
     contractive = True
     linear = True
     shared_randomness = True
-    splittable = False  # the block is the same on all ranks: all-reduce already costs twice the payload on any world size
+    splittable = (
+        False  # the block is the same on all ranks: all-reduce already costs twice the payload on any world size
+    )
     random = True
 
     def __init__(self, ratio: float = 0.01) -> None:

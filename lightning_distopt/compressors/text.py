@@ -54,7 +54,9 @@ def parse(text: str) -> Compressor:
     try:
         value = form.argument(argument)
     except ValueError as error:
-        raise ValueError(f"`compressor={text!r}`: {argument!r} is not a number. Write for example {form.example!r}.") from error
+        raise ValueError(
+            f"`compressor={text!r}`: {argument!r} is not a number. Write for example {form.example!r}."
+        ) from error
     return form.make(value)
 
 

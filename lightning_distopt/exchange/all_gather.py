@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lightning_distopt.compressors.base import Payload
-from lightning_distopt.exchange.base import Exchange, Steps
+from lightning_distopt.exchange.base import Exchange, Means, device_of
 from lightning_distopt.exchange.wire import Wire
 
 __all__ = ["AllGatherExchange"]
@@ -21,9 +20,9 @@ class AllGatherExchange(Exchange):
     One collective, the lowest latency; the best choice up to about eight ranks.
     """
 
-    def mean(self, names: Sequence[str], payloads: Sequence[Payload], out: Sequence[Tensor], step: int) -> Steps:
+    def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
         wire = Wire([self.compressor.layout(payload.numel, payload.dtype) for payload in payloads])
-        mine = wire.pack(payloads, out[0].device)
+        mine = wire.pack(payloads, device_of(payloads))
         everyones, work = mine, None
         if self.world > 1:
             everyones = torch.empty(self.world * wire.nbytes, dtype=torch.uint8, device=mine.device)
@@ -32,8 +31,8 @@ class AllGatherExchange(Exchange):
         yield
         self.wait(work)
         with self.meter.timed("encode"):
-            for target in out:
-                target.zero_()
+            out = self.zeros(payloads)
             for data in everyones.view(self.world, wire.nbytes):  # in rank order: the same sums on every rank
                 for fields, payload, target in zip(wire.unpack(data), payloads, out, strict=True):
                     self.add_decoded(fields, payload, target, 1.0 / self.world)
+        return out

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Payload
-from lightning_distopt.exchange.base import Exchange, Steps
+from lightning_distopt.compressors.dense import Dense
+from lightning_distopt.exchange.base import Exchange, Means
 from lightning_distopt.exchange.meter import Meter
 
 __all__ = ["AllReduceExchange"]
@@ -34,7 +34,7 @@ class AllReduceExchange(Exchange):
             )
         super().__init__(compressor, meter, group)
 
-    def mean(self, names: Sequence[str], payloads: Sequence[Payload], out: Sequence[Tensor], step: int) -> Steps:
+    def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
         values = [payload.fields["values"] for payload in payloads]
         total = values[0] if len(values) == 1 else torch.cat(values)
         divide_first = total.dtype is torch.float16
@@ -47,6 +47,11 @@ class AllReduceExchange(Exchange):
         yield
         self.wait(work)
         with self.meter.timed("encode"):
+            fields = total.split([value.numel() for value in values])
             alpha = 1.0 if divide_first else 1.0 / self.world
-            for payload, target, field in zip(payloads, out, total.split([v.numel() for v in values]), strict=True):
-                self.add_decoded({"values": field}, payload, target.zero_(), alpha)
+            if isinstance(self.compressor, Dense):  # the field is the tensor: no second buffer
+                return [field.to(payload.dtype).mul_(alpha) for field, payload in zip(fields, payloads, strict=True)]
+            out = self.zeros(payloads)
+            for payload, target, field in zip(payloads, out, fields, strict=True):
+                self.add_decoded({"values": field}, payload, target, alpha)
+            return out

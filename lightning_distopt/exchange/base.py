@@ -15,16 +15,20 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Payload
 from lightning_distopt.exchange.meter import Meter
 
-__all__ = ["Exchange", "Steps", "overlap"]
+__all__ = ["Exchange", "Means", "Steps", "overlap"]
 
 Steps: TypeAlias = Generator[None, None, None]
 """Work in stages; each ``yield`` is a moment at which a collective is under way."""
+
+Means: TypeAlias = Generator[None, None, list[Tensor]]
+"""The same, which returns averaged tensors at its end: ``means = yield from exchange.mean(...)``."""
 
 
 class Exchange(ABC):
@@ -44,14 +48,16 @@ class Exchange(ABC):
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
 
     @abstractmethod
-    def mean(self, names: Sequence[str], payloads: Sequence[Payload], out: Sequence[Tensor], step: int) -> Steps:
-        """Write the mean over ranks of the decoded payloads into ``out``, the same bits on every rank.
+    def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
+        """Return the mean over ranks of the decoded payloads, the same bits on every rank.
 
         Args:
             names: one a payload, the same on all ranks; residuals of a server are kept under them.
-            payloads: what this rank contributes; owned by the exchange from here on.
-            out: 1-D tensors, overwritten.
+            payloads: what this rank contributes, on one device and of one dtype; owned by the exchange from here on.
             step: number of the exchange; enters the keys of a server's randomness.
+
+        Returns:
+            New 1-D tensors, allocated only after the network is done, in the dtype of the payloads.
         """
 
     def wait(self, work: dist.Work | None) -> None:
@@ -60,9 +66,21 @@ class Exchange(ABC):
             with self.meter.timed("exchange"):
                 work.wait()
 
+    @staticmethod
+    def zeros(payloads: Sequence[Payload]) -> list[Tensor]:
+        """Return 1-D zeros for each payload, views of one buffer."""
+        numels = [payload.numel for payload in payloads]
+        flat = torch.zeros(sum(numels), dtype=payloads[0].dtype, device=device_of(payloads))
+        return list(flat.split(numels))
+
     def add_decoded(self, fields: dict[str, Tensor], like: Payload, out: Tensor, alpha: float) -> None:
         """Add ``alpha * decoded`` of one rank's fields to ``out``; shape, dtype and key are those of the own payload."""
         self.compressor.decompress_add_(Payload(fields, like.shape, like.dtype, like.key), out, alpha)
+
+
+def device_of(payloads: Sequence[Payload]) -> torch.device:
+    """Return the device that the payloads live on."""
+    return next(iter(payloads[0].fields.values())).device
 
 
 def overlap(works: Iterable[Steps], depth: int = 2) -> None:

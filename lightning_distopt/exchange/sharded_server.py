@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Field, Payload
 from lightning_distopt.compressors.randomness import derive_key
-from lightning_distopt.exchange.base import Exchange, Steps
+from lightning_distopt.exchange.base import Exchange, Means, device_of
 from lightning_distopt.exchange.meter import Meter
 from lightning_distopt.exchange.wire import Wire
 
@@ -88,9 +88,10 @@ class ShardedServerExchange(Exchange):
         self.seed = seed
         self.residuals: dict[str, ServerResidual] = {}
 
-    def mean(self, names: Sequence[str], payloads: Sequence[Payload], out: Sequence[Tensor], step: int) -> Steps:
+    def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
         shares = _shares([payload.numel for payload in payloads], self.world)
         mine = shares[self.rank]
+        device, dtype = device_of(payloads), payloads[0].dtype
 
         # 1, 2: payload parts to their owners
         with self.meter.timed("encode"):
@@ -98,45 +99,43 @@ class ShardedServerExchange(Exchange):
         entries: list[list[int | None]]
         if any(self.compressor.entries(payload) is not None for payload in payloads):
             sizes = [[self.compressor.entries(part) or 0 for part in owner] for owner in parts]
-            arriving, work = self._all_to_all_sizes(sizes, len(mine), out[0].device)
+            arriving, work = self._all_to_all_sizes(sizes, len(mine), device)
             yield
             self.wait(work)
             entries = [row.tolist() for row in arriving.view(self.world, len(mine))]
         else:
             entries = [[None] * len(mine)] * self.world
-        dtypes = [payloads[part.tensor].dtype for part in mine]
         wires = [
-            Wire([self.compressor.layout(p.numel, d, n) for p, d, n in zip(mine, dtypes, row, strict=True)]) for row in entries
+            Wire([self.compressor.layout(part.numel, dtype, n) for part, n in zip(mine, row, strict=True)])
+            for row in entries
         ]
-        received, work = self._all_to_all(parts, [wire.nbytes for wire in wires], out[0].device)
+        received, work = self._all_to_all(parts, [wire.nbytes for wire in wires], device)
         yield
         self.wait(work)
 
         # 3: serve
         with self.meter.timed("encode"):
-            sums = [self._sum_buffer(names[part.tensor], part, out[part.tensor]) for part in mine]
+            sums = [self._sum_buffer(names[part.tensor], part, dtype, device) for part in mine]
             for wire, data in zip(wires, received, strict=True):  # in rank order
                 for fields, part, total in zip(wire.unpack(data), mine, sums, strict=True):
-                    like = payloads[part.tensor]
-                    self.add_decoded(
-                        fields, Payload({}, torch.Size([part.numel]), like.dtype, like.key), total, 1.0 / self.world
-                    )
+                    like = Payload({}, torch.Size([part.numel]), dtype, payloads[part.tensor].key)
+                    self.add_decoded(fields, like, total, 1.0 / self.world)
             answers = [self._compress(names[part.tensor], total, step) for part, total in zip(mine, sums, strict=True)]
 
         # 4: answers to everyone; slices differ by a few elements, so pad to the longest
-        answer_wires = [
-            Wire([self.answer.layout(part.numel, out[part.tensor].dtype) for part in share]) for share in shares
-        ]
+        answer_wires = [Wire([self.answer.layout(part.numel, dtype) for part in share]) for share in shares]
         longest = max(wire.nbytes for wire in answer_wires)
-        sent = answer_wires[self.rank].pack(answers, out[0].device)
+        sent = answer_wires[self.rank].pack(answers, device)
         everyones, work = self._all_gather(torch.nn.functional.pad(sent, (0, longest - sent.numel())))
         yield
         self.wait(work)
         with self.meter.timed("encode"):
+            out = self.zeros(payloads)
             for wire, data, share in zip(answer_wires, everyones.view(self.world, longest), shares, strict=True):
                 for fields, part in zip(wire.unpack(data[: wire.nbytes]), share, strict=True):
-                    target = out[part.tensor][part.start : part.stop].zero_()
-                    self.answer.decompress_add_(Payload(fields, target.shape, target.dtype), target)
+                    target = out[part.tensor][part.start : part.stop]
+                    self.answer.decompress_add_(Payload(fields, target.shape, dtype), target)
+        return out
 
     def _split(self, payloads: Sequence[Payload], shares: list[list[_Part]]) -> list[list[Payload]]:
         by_tensor: list[dict[int, Payload]] = []
@@ -146,13 +145,13 @@ class ShardedServerExchange(Exchange):
             by_tensor.append({owner: piece for (owner, _), piece in zip(cuts, pieces, strict=True)})
         return [[by_tensor[part.tensor][owner] for part in share] for owner, share in enumerate(shares)]
 
-    def _sum_buffer(self, name: str, part: _Part, like: Tensor) -> Tensor:
+    def _sum_buffer(self, name: str, part: _Part, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return where the mean of ``part`` is summed: onto the residual, so that ``s += mean`` costs nothing extra."""
         if not self.keep_residual:
-            return torch.zeros(part.numel, dtype=like.dtype, device=like.device)
+            return torch.zeros(part.numel, dtype=dtype, device=device)
         kept = self.residuals.get(name)
         if kept is None or kept.start != part.start or kept.values.numel() != part.numel:
-            kept = ServerResidual(part.start, torch.zeros(part.numel, dtype=like.dtype, device=like.device))
+            kept = ServerResidual(part.start, torch.zeros(part.numel, dtype=dtype, device=device))
             self.residuals[name] = kept
         return kept.values
 
