@@ -1,0 +1,14 @@
+"""PyTorch Lightning plugins for training where the network is the problem.
+
+``import lightning_distopt`` makes the strategy names known: ``Trainer(strategy="compressed_ddp")``.
+"""
+
+from importlib.metadata import version
+
+from lightning_distopt import callbacks, compressors, data_parallel
+from lightning_distopt.strategies import CompressedDDPStrategy, list_strategies, register
+
+__version__ = version("lightning-distopt")
+__all__ = ["CompressedDDPStrategy", "callbacks", "compressors", "data_parallel", "list_strategies", "register"]
+
+register()

@@ -132,7 +132,7 @@ class Compressor(ABC):
     def compress_(self, buffer: Tensor, key: int | None = None, *, assume_finite: bool = False) -> Payload:
         """Like :meth:`compress`, and leave the residual in ``buffer``.
 
-        Contract: ``buffer_before == decompress(payload) + buffer_after``, the subtraction rounded in ``buffer``'s dtype.
+        Contract: ``buffer_before == decompress(payload) + buffer_after``, the subtraction rounded in its dtype.
         """
         payload = self.compress(buffer, key, assume_finite=assume_finite)
         self.decompress_add_(payload, buffer, alpha=-1.0)
@@ -213,6 +213,6 @@ def _check_finite(flat: Tensor) -> None:
     bad = (~flat.isfinite()).nonzero().view(-1)
     nans = int(flat.isnan().sum())
     raise NonFiniteError(
-        f"`tensor` must be finite: got {nans} NaN and {len(bad) - nans} infinite of {flat.numel()} elements, the first at "
-        f"flat index {int(bad[0])}. Clip or skip the step before compressing; a payload would hide them."
+        f"`tensor` must be finite: got {nans} NaN and {len(bad) - nans} infinite of {flat.numel()} elements, the first "
+        f"at flat index {int(bad[0])}. Clip or skip the step before compressing; a payload would hide them."
     )

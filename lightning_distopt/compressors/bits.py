@@ -16,7 +16,10 @@ def pack_bits(bits: Tensor) -> Tensor:
     n = bits.numel()
     if n % 8:
         bits = torch.nn.functional.pad(bits, (0, 8 - n % 8))
-    words = bits.contiguous().view(torch.uint8).view(torch.int64)
+    bits = bits.contiguous()
+    if bits.storage_offset() % 8:
+        bits = bits.clone()
+    words = bits.view(torch.uint8).view(torch.int64)
     return ((words * _GATHER) >> 56).to(torch.uint8)
 
 

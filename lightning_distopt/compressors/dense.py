@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -47,8 +48,10 @@ class Dense(Compressor):
     def _encode(self, flat: Tensor, key: int) -> dict[str, Tensor]:
         target = _DTYPES[self.dtype]
         values = flat.to(target, copy=True)
-        if not all_finite(values):  # saturate what overflowed in the cast; keep what was non-finite before
-            limit = torch.finfo(target).max
+        # A wider format (bfloat16 of a float16 tensor) may round up to what the receiver's cast back makes infinite.
+        wider = torch.finfo(target).max > torch.finfo(flat.dtype).max
+        if not all_finite(values.to(flat.dtype) if wider else values):
+            limit = _largest(target, flat.dtype)  # saturate what overflowed in a cast; keep what was non-finite before
             values = torch.where(flat.isfinite(), values.clamp(-limit, limit), values)
         return {"values": values}
 
@@ -57,10 +60,15 @@ class Dense(Compressor):
 
     def split(self, payload: Payload, bounds: list[int]) -> list[Payload]:
         values = payload.fields["values"]
-        return [
-            Payload({"values": values[a:b]}, torch.Size([b - a]), payload.dtype)
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        return [Payload({"values": values[a:b]}, torch.Size([b - a]), payload.dtype) for a, b in pairwise(bounds)]
 
     def __repr__(self) -> str:
         return f"Dense(dtype={self.dtype!r})"
+
+
+def _largest(target: torch.dtype, source: torch.dtype) -> float:
+    """Return the largest number of ``target`` that is finite in ``source`` too: 65,280 for float16 sent as bfloat16."""
+    largest = torch.tensor(min(torch.finfo(target).max, torch.finfo(source).max), dtype=target)
+    if not largest.to(source).isfinite():  # rounded up, out of the source's range
+        largest = torch.nextafter(largest, torch.zeros_like(largest))
+    return float(largest)

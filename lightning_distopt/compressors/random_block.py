@@ -17,8 +17,9 @@ __all__ = ["RandomBlock"]
 class RandomBlock(Compressor):
     """Keep ``k = max(1, int(n * ratio))`` consecutive elements from a random start, wrapping round the end.
 
-    ``C(v)_i = v_i`` inside the block, else 0, unscaled, so it is biased and contractive: ``E|v - C(v)|² = (1 - k/n)|v|²``
-    over the uniform start. All ranks draw the same block, so payloads can be summed: all-reduce, no places on the wire.
+    ``C(v)_i = v_i`` inside the block, else 0, unscaled, so it is biased and contractive:
+    ``E|v - C(v)|² = (1 - k/n)|v|²`` over the uniform start. All ranks draw the same block, so payloads can be summed:
+    all-reduce, no places on the wire.
 
     Payload: k values in the tensor's dtype.
 
@@ -32,9 +33,7 @@ class RandomBlock(Compressor):
     contractive = True
     linear = True
     shared_randomness = True
-    splittable = (
-        False  # the block is the same on all ranks: all-reduce already costs twice the payload on any world size
-    )
+    splittable = False  # nothing gained: all-reduce already costs twice the payload on any number of ranks
     random = True
 
     def __init__(self, ratio: float = 0.01) -> None:

@@ -61,7 +61,7 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 
 
 def uniform(key: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return ``numel`` independent uniforms in [0, 1), float32 with 24 random bits: ``(hash64(key, i) >> 40) / 2**24``."""
+    """Return ``numel`` float32 uniforms in [0, 1) with 24 random bits: ``(hash64(key, i) >> 40) / 2**24``."""
     z = torch.arange(1, numel + 1, device=device) * _signed(_GOLDEN) + _signed(key)
     z = (z ^ _shift_right(z, 30)) * _signed(_MIX1)
     z = (z ^ _shift_right(z, 27)) * _signed(_MIX2)

@@ -5,6 +5,8 @@ Source: arXiv:1901.09847 (EF-SignSGD, scale per tensor); arXiv:2008.05823 takes 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ class ScaledSign(Compressor):
     Contraction: ``|v - C(v)|² = (1 - |v|_1² / (n |v|_2²)) |v|²``: good where magnitudes are alike (0.36 left of a
     Gaussian), poor where few entries dominate. The zero's sign costs no third symbol; its error enters the residual.
 
-    Payload: ``ceil(n / 8)`` bytes of bits and one scale (float32; float64 for float64 tensors): 32x smaller than float32.
-    The scale is that of the tensor handed to it.
+    Payload: ``ceil(n / 8)`` bytes of bits and one scale (float32; float64 for float64 tensors): 32x smaller than
+    float32. The scale is that of the tensor handed to it.
     """
 
     contractive = True
@@ -30,7 +32,9 @@ class ScaledSign(Compressor):
         return Field("scale", wide(dtype), 1), Field("bits", torch.uint8, (numel + 7) // 8)
 
     def _encode(self, flat: Tensor, key: int) -> dict[str, Tensor]:
-        return {"scale": _mean_magnitude(flat).view(1), "bits": pack_bits(flat >= 0)}
+        # Rounded to the tensor's precision here, so that it is the same number whatever dtype it is decoded into.
+        scale = _mean_magnitude(flat).to(flat.dtype).to(wide(flat.dtype))
+        return {"scale": scale.view(1), "bits": pack_bits(flat >= 0)}
 
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
         scale = (fields["scale"] * alpha).to(out.dtype)
@@ -40,14 +44,14 @@ class ScaledSign(Compressor):
         scale, bits = payload.fields["scale"], payload.fields["bits"]
         return [
             Payload({"scale": scale, "bits": bits[a // 8 : (b + 7) // 8]}, torch.Size([b - a]), payload.dtype)
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in pairwise(bounds)
         ]
 
 
 def _mean_magnitude(flat: Tensor) -> Tensor:
     if flat.numel() == 0:
         return torch.zeros((), dtype=wide(flat.dtype), device=flat.device)
-    mean = torch.linalg.vector_norm(flat, 1, dtype=wide(flat.dtype)) / flat.numel()
+    mean: Tensor = torch.linalg.vector_norm(flat, 1, dtype=wide(flat.dtype)) / flat.numel()
     if not mean.isfinite() and flat.isfinite().all():  # the sum overflowed: sum fractions of the largest instead
         largest = flat.abs().max().to(mean.dtype)
         mean = (flat.to(mean.dtype) / largest).abs().mean() * largest

@@ -42,12 +42,12 @@ def parse(text: str) -> Compressor:
         >>> parse("topk:0.01")
         TopK(ratio=0.01)
     """
-    name, _, argument = text.strip().lower().partition(":")
+    name, colon, argument = (part.strip() for part in text.lower().partition(":"))
     form = KNOWN.get(_ALIASES.get(name, name))
     if form is None:
         known = ", ".join(f"'{known.example}'" for known in KNOWN.values())
         raise ValueError(f"`compressor` must be one of {known} (or a `Compressor`): got {text!r}.")
-    if not argument:
+    if not colon:
         return form.make()
     if form.argument is None:
         raise ValueError(f"`compressor={name!r}` takes no argument: got {text!r}. Write {form.example!r}.")

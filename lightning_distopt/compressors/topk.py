@@ -18,13 +18,14 @@ _MAX_INDEX = 2**31 - 1
 class TopK(Compressor):
     """Keep the ``k = max(1, int(n * ratio))`` largest magnitudes of each tensor, with their places.
 
-    ``C(v)_i = v_i`` where ``|v_i|`` is among the k largest, else 0. Contraction: ``|v - C(v)|² = (1 - Σ_top v²/|v|²)|v|²
-    <= (1 - k/n)|v|²``. What is sent is sent exactly, so its residual is exactly 0.
+    ``C(v)_i = v_i`` where ``|v_i|`` is among the k largest, else 0. What is sent is sent exactly, so its residual is
+    exactly 0. Contraction: ``|v - C(v)|² = (1 - Σ_top v²/|v|²)|v|² <= (1 - k/n)|v|²``.
 
     Payload: k values in the tensor's dtype and k int32 places: 8 bytes a kept entry for float32.
 
     Args:
-        ratio: fraction kept, in (0, 1]. Bytes are ``8 * ratio * n``: 0.01 is 50x smaller than float32, 0.5 saves nothing.
+        ratio: fraction kept, in (0, 1]. Bytes are ``8 * ratio * n``: 0.01 is 50x smaller than float32, and 0.5 saves
+            nothing.
 
     Raises:
         ValueError: if ``ratio`` is outside (0, 1], or a tensor has more than 2**31 - 1 elements.

@@ -19,8 +19,8 @@ class AllReduceExchange(Exchange):
     """Sums the fields of linear payloads in their own dtype, then decodes once: ``2 n (W - 1) / W`` bytes a rank.
 
     For 16-bit fields the sum itself is rounded, and **that rounding enters no residual**; to sum in float32 use
-    ``exchange="sharded_server"``. float16 fields are divided by W before the sum, so that it cannot overflow; the others
-    after it.
+    ``exchange="sharded_server"``. float16 fields are divided by a power of two, at least 2 W, before the sum: exact but
+    for subnormals, and room enough that rounding cannot make the sum overflow. The others are divided after it.
 
     Raises:
         ValueError: if the compressor's payloads cannot be summed.
@@ -37,18 +37,19 @@ class AllReduceExchange(Exchange):
     def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
         values = [payload.fields["values"] for payload in payloads]
         total = values[0] if len(values) == 1 else torch.cat(values)
-        divide_first = total.dtype is torch.float16
-        if divide_first:
-            total.div_(self.world)
         work: dist.Work | None = None
+        shrink = 1
         if self.world > 1:
+            if total.dtype is torch.float16:
+                shrink = 2 << (self.world - 1).bit_length()
+                total.div_(shrink)
             work = dist.all_reduce(total, group=self.group, async_op=True)
             self.meter.all_reduce("exchange", total.nbytes, self.world)
         yield
         self.wait(work)
         with self.meter.timed("encode"):
-            fields = total.split([value.numel() for value in values])
-            alpha = 1.0 if divide_first else 1.0 / self.world
+            fields = torch.split(total, [value.numel() for value in values])
+            alpha = shrink / self.world
             if isinstance(self.compressor, Dense):  # the field is the tensor: no second buffer
                 return [field.to(payload.dtype).mul_(alpha) for field, payload in zip(fields, payloads, strict=True)]
             out = self.zeros(payloads)

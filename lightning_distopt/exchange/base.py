@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_distopt.compressors.base import Compressor, Payload
 from lightning_distopt.exchange.meter import Meter
 
-__all__ = ["Exchange", "Means", "Steps", "overlap"]
+__all__ = ["Exchange", "Means", "Steps", "drain", "overlap"]
 
 Steps: TypeAlias = Generator[None, None, None]
 """Work in stages; each ``yield`` is a moment at which a collective is under way."""
@@ -71,10 +71,10 @@ class Exchange(ABC):
         """Return 1-D zeros for each payload, views of one buffer."""
         numels = [payload.numel for payload in payloads]
         flat = torch.zeros(sum(numels), dtype=payloads[0].dtype, device=device_of(payloads))
-        return list(flat.split(numels))
+        return list(torch.split(flat, numels))
 
     def add_decoded(self, fields: dict[str, Tensor], like: Payload, out: Tensor, alpha: float) -> None:
-        """Add ``alpha * decoded`` of one rank's fields to ``out``; shape, dtype and key are those of the own payload."""
+        """Add ``alpha * decoded`` of one rank's fields to ``out``; shape, dtype and key are the own payload's."""
         self.compressor.decompress_add_(Payload(fields, like.shape, like.dtype, like.key), out, alpha)
 
 
@@ -94,6 +94,12 @@ def overlap(works: Iterable[Steps], depth: int = 2) -> None:
             active.append(work)
         while len(active) >= depth:
             _advance_first(active)
+    drain(active)
+
+
+def drain(started: Iterable[Steps]) -> None:
+    """Run works that have started to their ends, stage by stage in turn."""
+    active = deque(started)
     while active:
         _advance_first(active)
 

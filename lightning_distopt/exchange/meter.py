@@ -1,7 +1,7 @@
 """The byte and time counter of one rank: what it sends, what it receives, how long it encodes and waits.
 
-Counts follow the algorithms that Gloo and NCCL run on one ring (``W`` ranks, ``n`` bytes a rank), and are tested against
-the counters of a network interface:
+Counts follow the algorithms that Gloo and NCCL run on one ring (``W`` ranks, ``n`` bytes a rank), and are tested
+against the counters of a network interface:
 
 ==============  =====================  =========================
 collective      sent by each rank      received by each rank
@@ -18,11 +18,14 @@ Protocol headers (TCP/IP, under 5 % for messages above some kilobytes) are not i
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 __all__ = ["Meter", "ring_all_reduce_bytes"]
+
+
+_NOT_TRAINING = ("setup", "validation", "diagnostics")
 
 
 def ring_all_reduce_bytes(nbytes: int, world: int) -> int:
@@ -36,8 +39,8 @@ class Meter:
     Attributes:
         sent: bytes by purpose.
         received: bytes by purpose.
-        seconds: wall-clock seconds of "encode" (compressing, decoding) and "exchange" (waiting for the network: what was
-            not hidden behind other work).
+        seconds: wall-clock seconds of "encode" (compressing, decoding) and "exchange" (waiting for the network: what
+            was not hidden behind other work).
         steps: optimizer steps counted by :meth:`step`.
         dense_bytes: bytes that plain ``ddp`` would have sent in these steps.
     """
@@ -45,7 +48,7 @@ class Meter:
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.steps = 0
         self.dense_bytes = 0
 
@@ -59,9 +62,19 @@ class Meter:
         """All bytes received so far."""
         return self.received.total()
 
-    def step(self, dense_bytes: int) -> None:
-        """Count one optimizer step, in which plain ``ddp`` would have sent ``dense_bytes``."""
-        self.steps += 1
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes that ``ddp`` would have sent in the counted steps, over those sent for training; NaN where nothing was sent.
+
+        Averaging, buffers and flags count; what ``ddp`` does as well before training and in validation, and diagnostics
+        that were asked for, do not.
+        """
+        sent = sum(nbytes for purpose, nbytes in self.sent.items() if purpose not in _NOT_TRAINING)
+        return self.dense_bytes / sent if sent else float("nan")
+
+    def step(self, dense_bytes: int, steps: int = 1) -> None:
+        """Count optimizer steps, in which plain ``ddp`` would have sent ``dense_bytes`` together."""
+        self.steps += steps
         self.dense_bytes += dense_bytes
 
     def all_reduce(self, purpose: str, nbytes: int, world: int) -> None:
@@ -73,7 +86,7 @@ class Meter:
         self._add(purpose, nbytes * (world - 1), nbytes * (world - 1))
 
     def all_to_all(self, purpose: str, sent: Sequence[int], received: Sequence[int], rank: int) -> None:
-        """Count an all-to-all of ``sent[r]`` bytes to and ``received[r]`` bytes from each rank ``r``; one's own part is free."""
+        """Count an all-to-all of ``sent[r]`` bytes to, ``received[r]`` from each rank ``r``; one's own part is free."""
         self._add(purpose, sum(sent) - sent[rank], sum(received) - received[rank])
 
     def broadcast(self, purpose: str, nbytes: int, world: int, rank: int) -> None:

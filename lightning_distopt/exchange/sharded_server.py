@@ -16,7 +16,7 @@ Source: the two-way compression of arXiv:2008.05823 with the sharding of 1-bit A
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -79,14 +79,20 @@ class ShardedServerExchange(Exchange):
     ) -> None:
         if not compressor.splittable:
             raise ValueError(
-                f"`exchange='sharded_server'` needs a compressor whose payloads can be split by coordinates: {compressor} "
-                "cannot. Use `exchange='all_reduce'`, whose cost does not grow with the number of ranks either."
+                "`exchange='sharded_server'` needs a compressor whose payloads can be split by coordinates: those of "
+                f"{compressor} cannot. Use `exchange='all_reduce'`, whose cost does not grow with the ranks either."
             )
         super().__init__(compressor, meter, group)
         self.answer: Compressor = compressor if compress_answer else _Exact()
         self.keep_residual = keep_residual and compress_answer
         self.seed = seed
         self.residuals: dict[str, ServerResidual] = {}
+        self._restored: dict[str, list[ServerResidual]] = {}
+
+    def restore_residuals(self, pieces: Mapping[str, Sequence[ServerResidual]]) -> None:
+        """Start from these residuals, by tensor name; pieces may be cut for another number of ranks."""
+        self.residuals = {}
+        self._restored = {name: list(those) for name, those in pieces.items()}
 
     def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
         shares = _shares([payload.numel for payload in payloads], self.world)
@@ -152,6 +158,8 @@ class ShardedServerExchange(Exchange):
         kept = self.residuals.get(name)
         if kept is None or kept.start != part.start or kept.values.numel() != part.numel:
             kept = ServerResidual(part.start, torch.zeros(part.numel, dtype=dtype, device=device))
+            for old in self._restored.pop(name, []):
+                _copy_overlap(old, kept)
             self.residuals[name] = kept
         return kept.values
 
@@ -184,7 +192,7 @@ class ShardedServerExchange(Exchange):
         received = torch.empty(sum(arriving), dtype=torch.uint8, device=sent.device)
         work = dist.all_to_all_single(received, sent, arriving, lengths, group=self.group, async_op=True)
         self.meter.all_to_all("exchange", lengths, arriving, self.rank)
-        return received.split(arriving), work
+        return torch.split(received, arriving), work
 
     def _all_gather(self, sent: Tensor) -> tuple[Tensor, dist.Work | None]:
         if self.world == 1:
@@ -212,6 +220,14 @@ class _Exact(Compressor):
 
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
         out.add_(fields["values"], alpha=alpha)
+
+
+def _copy_overlap(source: ServerResidual, target: ServerResidual) -> None:
+    start = max(source.start, target.start)
+    stop = min(source.start + source.values.numel(), target.start + target.values.numel())
+    if start < stop:
+        part = source.values[start - source.start : stop - source.start]
+        target.values[start - target.start : stop - target.start].copy_(part)
 
 
 def _shares(numels: Sequence[int], world: int) -> list[list[_Part]]:

@@ -51,7 +51,7 @@ class Wire:
 
     def unpack(self, data: Tensor) -> list[dict[str, Tensor]]:
         """Return the fields of each payload as views into ``data`` (of a copy where its memory is not aligned)."""
-        if data.data_ptr() % _ALIGN:
+        if data.storage_offset() % _ALIGN or data.data_ptr() % _ALIGN:  # an empty slice has offset but no address
             data = data.clone()
         fields: list[dict[str, Tensor]] = [{} for _ in range(self._count)]
         for i, field, offset in self._slots:

@@ -1,0 +1,167 @@
+"""What the network carries while training, in any logger, and as a table at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_distopt.exchange.meter import Meter, ring_all_reduce_bytes
+from lightning_distopt.strategies.checks import count
+from lightning_distopt.strategies.compat import loggers_write_now
+
+__all__ = ["CommunicationMonitor"]
+
+
+class CommunicationMonitor(Callback):
+    """Logs what rank 0 sends, receives and waits for; prints a table when the fit ends.
+
+    ========================  ====================================================================================
+    ``comm/bytes_sent``       bytes that rank 0 sent in an optimizer step, mean since the last log
+    ``comm/bytes_received``   the same for received bytes
+    ``comm/bytes_sent_total`` bytes sent since the start of the fit
+    ``comm/compression_ratio``  bytes that ``ddp`` would have sent, over the bytes sent, since the start of the fit
+    ``comm/exchange_seconds`` seconds a step that the process waited for the network
+    ``comm/encode_seconds``   seconds a step spent compressing and decoding
+    ``feedback/residual_norm``  2-norm of rank 0's residual
+    ``feedback/mismatch``     squared distance between where gradients are taken and the auxiliary point
+    ``feedback/sidecars_lost``  rank 0's files beside the loaded checkpoint that could not be used
+    ========================  ====================================================================================
+
+    Under plain ``ddp`` nothing counts, so the bytes are computed from the parameters (ring all-reduce of the gradients,
+    broadcast of the buffers) and the seconds are left out. Values are logged every ``log_every_n_steps`` of the Trainer.
+
+    Args:
+        mismatch_every: log ``feedback/mismatch`` every this many optimizer steps; it costs a dense all-reduce, counted
+            as "diagnostics". 0: never.
+        table: print the table at the end of the fit.
+    """
+
+    def __init__(self, mismatch_every: int = 0, table: bool = True) -> None:
+        self.mismatch_every = count("mismatch_every", mismatch_every, 0)
+        self.table = table
+        self.summary: dict[str, float] = {}
+        self._meter = Meter()
+        self._last = (0, 0, 0, 0.0, 0.0)
+        self._last_mismatch = 0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._meter = getattr(trainer.strategy, "meter", None) or _ComputedMeter(trainer)
+        self._started = time.perf_counter()
+        self._last = self._totals()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if isinstance(self._meter, _ComputedMeter):
+            self._meter.catch_up(trainer.global_step)
+        steps = self._meter.steps - self._last[0]
+        if not steps or not loggers_write_now(trainer):
+            return
+        now = self._totals()
+        per_step = [(new - old) / steps for new, old in zip(now, self._last, strict=True)]
+        self._last = now
+        figures = {
+            "comm/bytes_sent": per_step[1],
+            "comm/bytes_received": per_step[2],
+            "comm/bytes_sent_total": float(now[1]),
+        }
+        if self._meter.bytes_sent:  # not on one device
+            figures["comm/compression_ratio"] = self._meter.compression_ratio
+        if not isinstance(self._meter, _ComputedMeter):
+            figures |= {"comm/exchange_seconds": per_step[3], "comm/encode_seconds": per_step[4]}
+        figures |= self._feedback(trainer)
+        pl_module.log_dict(figures)
+
+    def _feedback(self, trainer: pl.Trainer) -> dict[str, float]:
+        sync = getattr(trainer.strategy, "update_sync", None)
+        if sync is None:
+            return {}
+        figures = {
+            "feedback/residual_norm": sync.residual_norm(),
+            "feedback/sidecars_lost": float(trainer.strategy.sidecars_lost),  # type: ignore[attr-defined]
+        }
+        if self.mismatch_every and self._meter.steps - self._last_mismatch >= self.mismatch_every:
+            self._last_mismatch = self._meter.steps
+            figures["feedback/mismatch"] = sync.mismatch()
+        return figures
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        meter, steps = self._meter, max(1, self._meter.steps)
+        self.summary = {
+            "steps": float(meter.steps),
+            "seconds": time.perf_counter() - self._started,
+            "bytes_sent": float(meter.bytes_sent),
+            "bytes_received": float(meter.bytes_received),
+            "bytes_sent_per_step": meter.bytes_sent / steps,
+            "compression_ratio": meter.compression_ratio,
+            "exchange_seconds": meter.seconds["exchange"],
+            "encode_seconds": meter.seconds["encode"],
+        }
+        if self.table and trainer.is_global_zero:
+            self._print(type(trainer.strategy).__name__)
+
+    def _print(self, strategy: str) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        steps = max(1, self._meter.steps)
+        computed = isinstance(self._meter, _ComputedMeter)
+        table = Table(title=f"Communication of rank 0 ({strategy}, {self._meter.steps} steps)", title_justify="left")
+        for column in ("purpose", "sent / step", "received / step", "sent in all"):
+            table.add_column(column, justify="left" if column == "purpose" else "right")
+        for purpose in sorted(self._meter.sent, key=lambda p: -self._meter.sent[p]):
+            sent, received = self._meter.sent[purpose], self._meter.received[purpose]
+            if sent or received:
+                table.add_row(purpose, _si(sent / steps), _si(received / steps), _si(sent))
+        sent, received = self._meter.bytes_sent, self._meter.bytes_received
+        table.add_section()
+        table.add_row("all", _si(sent / steps), _si(received / steps), _si(sent))
+        lines = [f"compression ratio against ddp: {self.summary['compression_ratio']:.1f}"]
+        if computed:
+            lines = ["computed from the parameters, not counted"]
+        else:
+            lines.append(
+                f"encode {1e3 * self.summary['encode_seconds'] / steps:.2f} ms / step, "
+                f"waiting for the network {1e3 * self.summary['exchange_seconds'] / steps:.2f} ms / step"
+            )
+        table.caption = "; ".join(lines)
+        table.caption_justify = "left"
+        Console().print(table)
+
+    def _totals(self) -> tuple[int, int, int, float, float]:
+        meter = self._meter
+        seconds = meter.seconds
+        return meter.steps, meter.bytes_sent, meter.bytes_received, seconds["exchange"], seconds["encode"]
+
+
+class _ComputedMeter(Meter):
+    """What ``ddp`` sends by its definition: one ring all-reduce of the gradients a step, one broadcast of the buffers."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__()
+        module = trainer.lightning_module
+        self._world = trainer.world_size if isinstance(trainer.strategy, DDPStrategy) else 1
+        self._rank = trainer.global_rank
+        self._gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        self._buffers = sum(b.nbytes for b in module.buffers())
+        self._before = trainer.global_step
+
+    def catch_up(self, global_step: int) -> None:
+        for _ in range(global_step - self._before):
+            self.all_reduce("gradients", self._gradients, self._world)
+            self.broadcast("buffers", self._buffers, self._world, self._rank)
+            self.step(ring_all_reduce_bytes(self._gradients, self._world))
+        self.dense_bytes = self.bytes_sent
+        self._before = global_step
+
+
+def _si(nbytes: float) -> str:
+    """Bytes for people: 1234567 -> '1.23 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

@@ -1,0 +1,93 @@
+"""Error feedback: what a compressor leaves out is remembered and sent later.
+
+A residual ``e`` is kept by parameter name, in parameter units (it contains the learning rate). One round of a replica:
+
+    y = x - coefficient * e                      step ahead; local, nothing is sent
+    z = y after the local optimizer step(s)
+    D = (x - z) + (1 - coefficient) * e          = e + the steps taken
+    c = C(D);  e <- D - c;  send c               D == c + e, bit for bit what the receiver decodes
+
+The point ``x - mean(e) - s`` (``s``: the server's residual) moves as if nothing had been compressed, whatever the
+coefficient, the compressor and the number of local steps; averaging residuals over the ranks leaves it where it is.
+
+Source: arXiv:1901.09847 (coefficient 0), arXiv:2008.05823 (coefficient 1, averaging), arXiv:2004.05298v3 and
+arXiv:2601.20738 (between).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_distopt.compressors import Compressor, Payload
+from lightning_distopt.compressors.base import wide
+from lightning_distopt.exchange import Meter
+
+__all__ = ["FlatViews", "average_", "compensate_", "refuse_unless_contractive", "step_ahead_"]
+
+
+class FlatViews:
+    """One flat buffer and its views, shaped like given tensors: the memory of a bucket's anchor or residual.
+
+    Half-precision tensors get float32 memory, so that small residuals are not rounded away.
+
+    Args:
+        like: tensors of one dtype on one device.
+    """
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        numels = [tensor.numel() for tensor in like]
+        self.flat = torch.zeros(sum(numels), dtype=wide(like[0].dtype), device=like[0].device)
+        self.flats: list[Tensor] = list(torch.split(self.flat, numels))
+        self.views = [flat.view(tensor.shape) for flat, tensor in zip(self.flats, like, strict=True)]
+
+
+def step_ahead_(params: Sequence[Tensor], anchor: FlatViews, residual: FlatViews, coefficient: float) -> None:
+    """Keep ``x`` in ``anchor`` and move the parameters to ``y = x - coefficient * e``."""
+    for param, x, e in zip(params, anchor.views, residual.views, strict=True):
+        x.copy_(param)
+        if coefficient:
+            if param.dtype is x.dtype:
+                param.sub_(e, alpha=coefficient)
+            else:
+                param.copy_(x - coefficient * e)
+
+
+def compensate_(params: Iterable[Tensor], anchor: FlatViews, residual: FlatViews, coefficient: float) -> None:
+    """Turn the residual into the displacement ``D = (x - z) + (1 - coefficient) * e``, with ``z`` in the parameters."""
+    for param, x, e in zip(params, anchor.views, residual.views, strict=True):
+        if coefficient == 1.0:
+            torch.sub(x, param, out=e)
+        else:
+            e.mul_(1.0 - coefficient).add_(x).sub_(param)
+
+
+def compress_(compressor: Compressor, tensors: Sequence[Tensor], keys: Sequence[int]) -> list[Payload]:
+    """Compress each tensor and leave its residual in place."""
+    return [compressor.compress_(t, k, assume_finite=True) for t, k in zip(tensors, keys, strict=True)]
+
+
+def average_(residuals: Sequence[FlatViews], meter: Meter, group: dist.ProcessGroup | None, world: int) -> None:
+    """Replace every rank's residuals by their mean over ranks: a dense all-reduce in the residuals' own dtype."""
+    if world == 1:
+        return
+    works = []
+    for residual in residuals:
+        meter.all_reduce("averaging", residual.flat.nbytes, world)
+        works.append(dist.all_reduce(residual.flat, group=group, async_op=True))
+    for residual, work in zip(residuals, works, strict=True):
+        with meter.timed("exchange"):
+            work.wait()
+        residual.flat.div_(world)
+
+
+def refuse_unless_contractive(compressor: Compressor, error_feedback: str) -> None:
+    """Raise a ``ValueError`` if residuals of this compressor could grow without bound."""
+    if not compressor.contractive:
+        raise ValueError(
+            f"`error_feedback={error_feedback!r}` needs a contractive compressor, whose residual stays bounded: {compressor} "
+            "is not. Use `error_feedback='none'`, or a compressor such as 'sign' or 'topk:0.01'."
+        )

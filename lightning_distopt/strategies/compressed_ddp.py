@@ -1,0 +1,420 @@
+"""Compressed DDP as a Lightning strategy: lifecycle, checks and checkpoints; the algorithms live in ``data_parallel``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_distopt.compressors import Compressor
+from lightning_distopt.compressors.text import as_compressor
+from lightning_distopt.data_parallel import GradientSync, UpdateSync, UpdateSyncConfig
+from lightning_distopt.data_parallel.exchanges import choose_exchange, make_exchange
+from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
+from lightning_distopt.error_feedback import refuse_unless_contractive
+from lightning_distopt.exchange import Meter
+from lightning_distopt.strategies.checks import choice, count, fraction, positive
+from lightning_distopt.strategies.compat import check_ddp_arguments
+from lightning_distopt.strategies.rank_state import RankState
+
+__all__ = ["CompressedDDPStrategy"]
+
+ErrorFeedback = Literal["step_ahead", "local", "none"]
+ExchangeChoice = Literal["auto", "all_reduce", "all_gather", "sharded_server"]
+
+# Top-k sends the same coordinates often, and averaging keeps the rest together; scaled sign does without.
+# Chosen by measurement: docs/compressed_ddp.md, "How the defaults were chosen".
+_AVERAGING_PERIOD = {"TopK": 20}
+
+
+class CompressedDDPStrategy(DDPStrategy):
+    """Data parallel training that sends compressed updates instead of gradients.
+
+    Each rank steps its own optimizer from ``y = x - coefficient * e``, where ``e`` is what it has not sent yet, and the
+    ranks exchange the compressed displacement (step-ahead error feedback). Between steps all ranks hold the same common
+    model ``x``, which is what is validated, saved and exported. No argument is needed.
+
+    With error feedback the optimizer acts before the exchange, on local gradients: for SGD (with momentum, weight decay,
+    schedules) an uncompressed exchange equals ``ddp``; gradient clipping and non-linear optimizers such as Adam act on
+    local instead of averaged gradients, so they differ from ``ddp`` even uncompressed. ``error_feedback="none"``
+    compresses gradients inside backward instead, and the optimizer sees their average, as with ``ddp``.
+
+    Memory a rank, beyond ``ddp``'s parameters, gradients and optimizer: two copies of the parameters (``x`` during a
+    step, and ``e``), ``1 / W`` copy (sharded server) or one (server compression elsewhere), and two buckets; less the
+    gradient buckets of ``ddp``, which are not needed.
+
+    Args:
+        compressor: what travels: "sign" (1 bit an element), "topk:0.01" (the largest 1 % of each parameter, 8 bytes
+            each), "random_block:0.01", "bf16", "fp16", "fp32", or a ``Compressor``.
+        error_feedback: "step_ahead" (gradients at ``x - e``; converges best), "local" (gradients at ``x``; classic error
+            feedback), or "none" (compress gradients, forget what is left out: for unbiased or 16-bit compressors).
+        coefficient: share of the residual that is stepped ahead, in [0, 1]; ``None`` is 1 for "step_ahead", 0 for
+            "local". 0.3 is DEF, 0.85 SA-PEF.
+        averaging_period: average the residuals over ranks, uncompressed, every this many steps; costs
+            ``1 / averaging_period`` of ``ddp``'s bytes; 0 never, ``None`` 20 for top-k and 0 for the others.
+        server_compression: compress the average again, with a residual of its own; ``None`` is true for
+            "sharded_server" (where it halves the bytes) and false otherwise (where it would save none).
+        exchange: "all_reduce" (payloads that can be summed), "all_gather" (bytes grow with the ranks), "sharded_server"
+            (about two payloads a rank on any number of ranks), or "auto": the first that fits, all-gather up to 8 ranks.
+        dense_steps: optimizer steps at the start that send everything, at least 0.
+        sync_every: local optimizer steps between exchanges, at least 1; divides all bytes by it.
+        scope: "tensor" compresses each parameter by itself; "model" all of them as one vector (one scale for "sign", as
+            in arXiv:2008.05823), which needs one bucket of the model's size.
+        bucket_mb: megabytes compressed while the bucket before is on the network, above 0; a larger parameter is a
+            bucket of its own. More buckets overlap better, fewer cost less latency.
+        strict_sidecars: raise an error, instead of a warning, where a rank's file beside a checkpoint is missing or
+            unreadable; its residual would be lost.
+        **ddp_kwargs: for ``DDPStrategy`` (``start_method``, ``timeout``, ``process_group_backend``, ...) and
+            ``DistributedDataParallel``. With error feedback no gradient is sent, so ``find_unused_parameters``,
+            ``static_graph``, ``gradient_as_bucket_view`` and ``bucket_cap_mb`` have nothing to act on.
+
+    Raises:
+        ValueError: for a value outside its range, or a combination that cannot work; it says which and what to do.
+        TypeError: for an unknown argument.
+
+    Example::
+
+        import lightning_distopt
+        trainer = Trainer(devices=8, strategy="compressed_ddp")
+        trainer = Trainer(devices=8, strategy=CompressedDDPStrategy("topk:0.01"))
+
+    Source: arXiv:2008.05823; differences with the paper are listed in ``docs/compressed_ddp.md``.
+    """
+
+    strategy_name: ClassVar[str] = "compressed_ddp"
+
+    def __init__(
+        self,
+        compressor: Compressor | str = "sign",
+        error_feedback: ErrorFeedback = "step_ahead",
+        coefficient: float | None = None,
+        averaging_period: int | None = None,
+        server_compression: bool | None = None,
+        exchange: ExchangeChoice = "auto",
+        dense_steps: int = 0,
+        sync_every: int = 1,
+        scope: Literal["tensor", "model"] = "tensor",
+        bucket_mb: float = 25.0,
+        strict_sidecars: bool = False,
+        **ddp_kwargs: Any,
+    ) -> None:
+        name = type(self).__name__
+        super().__init__(**ddp_kwargs)
+        if self._ddp_comm_hook is not None or self._ddp_comm_state is not None or self._ddp_comm_wrapper is not None:
+            raise ValueError(
+                f"`{name}` brings its own communication hook and takes no `ddp_comm_state`, `ddp_comm_hook` or "
+                "`ddp_comm_wrapper`. Use `DDPStrategy` for a hook of your own."
+            )
+        check_ddp_arguments(name, self._ddp_kwargs)
+        self.compressor = as_compressor(compressor)
+        self.error_feedback: ErrorFeedback = choice("error_feedback", error_feedback, ErrorFeedback)
+        self.exchange: ExchangeChoice = choice("exchange", exchange, ExchangeChoice)
+        self.scope: Literal["tensor", "model"] = choice("scope", scope, Literal["tensor", "model"])
+        self.dense_steps = count("dense_steps", dense_steps, 0)
+        self.sync_every = count("sync_every", sync_every, 1)
+        self.bucket_mb = positive("bucket_mb", bucket_mb)
+        self.strict_sidecars = strict_sidecars
+        self.coefficient = self._checked_coefficient(coefficient)
+        if averaging_period is None:
+            averaging_period = _AVERAGING_PERIOD.get(type(self.compressor).__name__, 0) if self.uses_residuals else 0
+        self.averaging_period = count("averaging_period", averaging_period, 0)
+        if self.uses_residuals:
+            refuse_unless_contractive(self.compressor, self.error_feedback)
+        else:
+            self._refuse_without_residuals()
+        if server_compression and not self.compressor.contractive and self.uses_residuals:
+            refuse_unless_contractive(self.compressor, "server_compression")
+        self.server_compression = server_compression
+        if self.exchange != "auto":  # an exchange that cannot carry the compressor is refused here, not in the workers
+            make_exchange(self.exchange, self.compressor, Meter())
+        self.meter = Meter()
+        self._update_sync: UpdateSync | None = None
+        self._gradient_sync: GradientSync | None = None
+        self._in_training_step = False
+        self.run_id = 0
+        self._rank_state = RankState(self)
+
+    # ---- configuration ----------------------------------------------------------------------------------------------
+
+    @property
+    def uses_residuals(self) -> bool:
+        """Whether updates are exchanged with error feedback (else gradients, without)."""
+        return self.error_feedback != "none"
+
+    def _checked_coefficient(self, coefficient: float | None) -> float:
+        if not self.uses_residuals:
+            if coefficient is not None:
+                raise ValueError(
+                    f"`coefficient` belongs to error feedback: got {coefficient} with `error_feedback='none'`. Leave it out."
+                )
+            return 0.0
+        if self.error_feedback == "local":
+            if coefficient:
+                raise ValueError(
+                    f"`coefficient` must be 0 with `error_feedback='local'`: got {coefficient}. Use "
+                    "`error_feedback='step_ahead'` to take gradients ahead of the common model."
+                )
+            return 0.0
+        return 1.0 if coefficient is None else fraction("coefficient", coefficient)
+
+    def _refuse_without_residuals(self) -> None:
+        for argument, value, idle in (
+            ("averaging_period", self.averaging_period, 0),
+            ("sync_every", self.sync_every, 1),
+            ("scope", self.scope, "tensor"),
+        ):
+            if value != idle:
+                raise ValueError(
+                    f"`{argument}` belongs to error feedback: got {value!r} with `error_feedback='none'`. Leave it out, or "
+                    "use `error_feedback='step_ahead'`."
+                )
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        if (
+            getattr(precision_plugin, "scaler", None) is not None
+            or getattr(precision_plugin, "precision", "") == "16-mixed"
+        ):
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` does not support `precision='16-mixed'`: each rank would skip overflowing steps by "
+                "itself, and residuals would hold loss-scaled values. Use `precision='bf16-mixed'` or `'32-true'`."
+            )
+        self._precision_plugin = precision_plugin
+
+    # ---- lifecycle --------------------------------------------------------------------------------------------------
+
+    def configure_ddp(self) -> None:
+        world = dist.get_world_size()
+        run_id = torch.tensor(secrets.randbits(62), device=self.root_device)
+        broadcast_([run_id], self.meter, "setup")
+        self.run_id = int(run_id)
+        if world == 1:
+            rank_zero_info(
+                f"`{type(self).__name__}` runs on one device: nothing is sent, and compression only delays updates. Use "
+                "`devices=2` or more, or `strategy='auto'`."
+            )
+        if not self.uses_residuals:
+            super().configure_ddp()
+            return
+        # No DDP wrapper: gradients stay local, so its reducer and its copy of all gradients would be idle.
+        module = self.lightning_module
+        assert module is not None
+        named = list(module.named_parameters())
+        odd = [name for name, parameter in named if parameter.is_complex()]
+        if odd:
+            raise TypeError(
+                f"`{type(self).__name__}` cannot compress complex parameters: got {odd}. Use `strategy='ddp'`."
+            )
+        if world > 1:
+            check_alike([f"{n} {tuple(p.shape)} {p.dtype}" for n, p in named], self.meter, self.root_device)
+            broadcast_([p for _, p in named], self.meter, "setup")
+            self._broadcast_buffers("setup")
+        exchange = choose_exchange(self.compressor, world) if self.exchange == "auto" else self.exchange
+        self._update_sync = UpdateSync(
+            UpdateSyncConfig(
+                compressor=self.compressor,
+                exchange=exchange,
+                coefficient=self.coefficient,
+                averaging_period=self.averaging_period,
+                server_compression=self._serves(exchange),
+                dense_steps=self.dense_steps,
+                sync_every=self.sync_every,
+                scope=self.scope,
+                bucket_bytes=self.bucket_mb * 2**20,
+                seed=_seed(),
+            ),
+            self.meter,
+        )
+
+    def _serves(self, exchange: str) -> bool:
+        return exchange == "sharded_server" if self.server_compression is None else self.server_compression
+
+    def _register_ddp_hooks(self) -> None:
+        # Lightning attaches hooks on CUDA only; ours works on every device.
+        assert isinstance(self.model, DistributedDataParallel)
+        assert self.lightning_module is not None
+        exchange = choose_exchange(self.compressor, dist.get_world_size()) if self.exchange == "auto" else self.exchange
+        self._gradient_sync = GradientSync(
+            {parameter: name for name, parameter in self.lightning_module.named_parameters()},
+            self.compressor,
+            exchange,
+            self._serves(exchange),
+            self.dense_steps,
+            self.meter,
+            _seed(),
+        )
+        self.model.register_comm_hook(self._gradient_sync, _hook)
+
+    def teardown(self) -> None:
+        if self._update_sync is not None:
+            self._update_sync.restore()
+        self._update_sync = None
+        self._gradient_sync = None
+        super().teardown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        if self._update_sync is not None:
+            self._update_sync.restore()
+        super().on_exception(exception)
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        sync = self._update_sync
+        if sync is None:
+            return super().training_step(*args, **kwargs)
+        self._track(sync)
+        if sync.enter():
+            sent = self._broadcast_buffers("buffers")
+            self.meter.dense_bytes += sent  # ddp sends them too
+        self._in_training_step = True
+        try:
+            output = super().training_step(*args, **kwargs)
+        finally:
+            self._in_training_step = False
+        if not self._automatic:
+            sync.leave()  # in manual optimization backward and steps are over; else they follow
+        return output
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
+    ) -> Any:
+        sync = self._update_sync
+        if sync is not None and not self._automatic and not self._in_training_step:
+            sync.enter()  # a manual step outside of training_step: its gradients were taken at y
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if sync is not None:
+            sync.exchange(self._number_of(optimizer))
+            if self._in_training_step and not self._automatic:
+                sync.enter()  # more forwards may follow in this training_step
+        return output
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._gradient_sync is not None:
+            self._gradient_sync.raise_if_non_finite()
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        with super().block_backward_sync():
+            yield
+        if self._update_sync is not None:
+            self._update_sync.leave()  # an accumulating micro-batch: between batches the parameters hold x
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self._update_sync is not None:
+            self._update_sync.show_common()
+            self._broadcast_buffers("validation")
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._update_sync is not None:
+            self._update_sync.flush()
+            self._broadcast_buffers("validation")
+
+    @property
+    def _automatic(self) -> bool:
+        assert self.lightning_module is not None
+        return self.lightning_module.automatic_optimization
+
+    def _number_of(self, optimizer: Optimizer) -> int:
+        for number, known in enumerate(self.optimizers):
+            if known is optimizer:
+                return number
+        raise ValueError(
+            f"`optimizer_step` got a {type(optimizer).__name__} that is none of the strategy's {len(self.optimizers)} "
+            "optimizers. Return every optimizer from `configure_optimizers`."
+        )
+
+    def _track(self, sync: UpdateSync) -> None:
+        """Tell the engine which parameters take part: trainable ones that some optimizer steps."""
+        assert self.lightning_module is not None
+        owners: dict[torch.nn.Parameter, tuple[int, ...]] = {}
+        for number, optimizer in enumerate(self.optimizers):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    owners[parameter] = (*owners.get(parameter, ()), number)
+        named = {n: p for n, p in self.lightning_module.named_parameters() if p.requires_grad and p in owners}
+        sync.track(named, {name: owners[parameter] for name, parameter in named.items()})
+
+    def _broadcast_buffers(self, purpose: str) -> int:
+        if not self._ddp_kwargs.get("broadcast_buffers", True):
+            return 0
+        assert self.lightning_module is not None
+        return broadcast_(self.lightning_module.buffers(), self.meter, purpose)
+
+    # ---- figures ----------------------------------------------------------------------------------------------------
+
+    @property
+    def update_sync(self) -> UpdateSync | None:
+        """The engine of this rank while fitting with error feedback."""
+        return self._update_sync
+
+    @property
+    def gradient_sync(self) -> GradientSync | None:
+        """The engine of this rank while fitting without error feedback."""
+        return self._gradient_sync
+
+    @property
+    def sidecars_lost(self) -> int:
+        """Files beside the loaded checkpoint that could not be used."""
+        return self._rank_state.lost
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        common = {} if self._update_sync is None else self._update_sync.common_model()
+        if common:  # saved inside a step or a round: the checkpoint holds the common model
+            assert self.lightning_module is not None
+            for name, parameter in self.lightning_module.named_parameters(remove_duplicate=False):
+                if parameter in common and name in state:
+                    state[name] = common[parameter]
+        return state
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        self._rank_state.write(checkpoint, filepath)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self._rank_state.path = str(checkpoint_path)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(self._rank_state.read(checkpoint))
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        self._rank_state.remove(filepath)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        from lightning_distopt.strategies.registry import register
+
+        register(strategy_registry)
+
+
+def _hook(sync, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations by identity, and ours are strings
+    return sync.hook(bucket)
+
+
+def _seed() -> int:
+    """The seed of ``seed_everything``, the same on every rank; 0 without."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
