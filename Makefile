@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 # DATA=<folder>: an unpacked CIFAR-10 image folder for the slow checks
 export DATA
 
@@ -27,13 +28,12 @@ test: setup  ## run the tests (at most 10 minutes on 2 cores)
 test-slow: setup  ## run the slow checks too; DATA=<unpacked CIFAR-10 image folder> for those on real data
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
 
-OLDEST ?= .venv-oldest
-OLDEST_TORCH ?= 2.13.0
-test-oldest: ## run the tests on the oldest Lightning and an older torch
+OLDEST_PINS ?= lightning==2.6.0 torch==2.10.0 torchvision==0.25.0
+test-oldest:  ## run the tests on the oldest Lightning, torch and torchvision that pyproject.toml promises
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --upgrade pip
-	$(OLDEST)/bin/python -m pip install torch==$(OLDEST_TORCH) lightning==2.6.0
-	$(OLDEST)/bin/python -m pip install -e ".[test,wandb]" scikit-learn matplotlib pillow lightning==2.6.0 torch==$(OLDEST_TORCH)
+	$(OLDEST)/bin/python -m pip install $(OLDEST_PINS)
+	$(OLDEST)/bin/python -m pip install -e ".[test,recipes,wandb]" $(OLDEST_PINS)
 	$(OLDEST)/bin/python -m pytest
 
 lint: setup  ## ruff, ruff format, mypy strict
