@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -105,8 +106,10 @@ class RunConfigCallback(SaveConfigCallback):
             Path(logger.experiment.dir, "distopt.yaml").write_text(text)
             logger.experiment.config.update({"distopt": yaml.safe_load(text)}, allow_val_change=True)
         elif log_dir is not None:
-            Path(log_dir).mkdir(parents=True, exist_ok=True)
-            Path(log_dir, self.config_filename).write_text(text)
+            files = get_filesystem(log_dir)  # it may be a bucket's address
+            files.makedirs(log_dir, exist_ok=True)
+            with files.open(os.path.join(log_dir, self.config_filename), "w") as file:
+                file.write(text)
         else:
             logger.log_hyperparams({"config": text})
 

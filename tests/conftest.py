@@ -1,7 +1,8 @@
-"""Every test starts with the same seed and leaves no process group, environment variable or thread count behind."""
+"""Every test starts with the same seed and leaves no process, process group or environment variable behind."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 
@@ -10,8 +11,16 @@ import torch
 import torch.distributed as dist
 
 # Set by Lightning's launchers and seeding, by design; everything else that appears in the environment is a leak.
-_ALLOWED = {"OMP_NUM_THREADS", "MASTER_PORT", "MASTER_ADDR", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "WANDB_MODE", "WANDB_SERVICE"}
-_FOREIGN = ("PYTEST_", "HYPOTHESIS_", "KMP_", "CUDA_", "TORCHINDUCTOR_", "TRITON_", "WANDB_", "LC_", "COLUMNS", "LINES", "TOKENIZERS_")
+_ALLOWED = {
+    "OMP_NUM_THREADS",
+    "MASTER_PORT",
+    "MASTER_ADDR",
+    "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS",
+    "WANDB_MODE",
+    "WANDB_SERVICE",
+}
+_FOREIGN = ("PYTEST_", "HYPOTHESIS_", "KMP_", "CUDA_", "TORCHINDUCTOR_", "TRITON_", "WANDB_", "LC_", "TOKENIZERS_")
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +31,9 @@ def _restored() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    for child in multiprocessing.active_children():  # a test that timed out must not slow down the next ones
+        child.kill()
+        child.join()
     torch.set_num_threads(threads)
     leaked = [k for k in os.environ if k not in before and k not in _ALLOWED and not k.startswith(_FOREIGN)]
     os.environ.clear()
