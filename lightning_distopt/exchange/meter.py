@@ -90,7 +90,7 @@ class Meter:
         self._add(purpose, sum(sent) - sent[rank], sum(received) - received[rank])
 
     def broadcast(self, purpose: str, nbytes: int, world: int, rank: int) -> None:
-        """Count a broadcast from rank 0 down a binomial tree."""
+        """Count a broadcast from rank 0 down a binomial tree; other trees and rings send as much in all."""
         self._add(purpose, nbytes * _children(rank, world), nbytes if rank else 0)
 
     def _add(self, purpose: str, sent: int, received: int) -> None:
@@ -108,6 +108,5 @@ class Meter:
 
 
 def _children(rank: int, world: int) -> int:
-    """Number of ranks that ``rank`` sends to in a binomial tree rooted at 0: one for each zero bit it may still set."""
-    lowest = rank & -rank if rank else 1 << (world - 1).bit_length()
-    return sum(1 for shift in range(lowest.bit_length() - 1) if rank + (1 << shift) < world)
+    """Number of ranks that ``rank`` sends to in Gloo's tree: in round i, each rank below ``2**i`` sends ``2**i`` ahead."""
+    return sum(rank + (1 << i) < world for i in range(rank.bit_length(), (world - 1).bit_length()))
