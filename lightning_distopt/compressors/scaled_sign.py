@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Field, Payload, wide
-from lightning_distopt.compressors.bits import pack_bits, unpack_bits
+from lightning_distopt.compressors.bits import add_signs_, pack_bits
 
 __all__ = ["ScaledSign"]
 
@@ -37,8 +37,7 @@ class ScaledSign(Compressor):
         return {"scale": scale.view(1), "bits": pack_bits(flat >= 0)}
 
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
-        scale = (fields["scale"] * alpha).to(out.dtype)
-        out.add_(torch.where(unpack_bits(fields["bits"], out.numel()), scale, -scale))
+        add_signs_(fields["bits"], (fields["scale"] * alpha).to(out.dtype), out)
 
     def split(self, payload: Payload, bounds: list[int]) -> list[Payload]:
         scale, bits = payload.fields["scale"], payload.fields["bits"]

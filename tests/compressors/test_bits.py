@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lightning_distopt.compressors.bits import pack_bits, unpack_bits
+from lightning_distopt.compressors.bits import add_signs_, pack_bits, unpack_bits
 
 
 @settings(deadline=None, max_examples=100)
@@ -46,3 +46,13 @@ def test_a_slice_packs_like_its_copy(view: slice) -> None:
 def test_a_slice_of_bytes_unpacks_like_its_copy() -> None:
     packed = torch.arange(100, 140, dtype=torch.uint8)
     assert torch.equal(unpack_bits(packed[3:9], 45), unpack_bits(packed[3:9].clone(), 45))
+
+
+@pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 2**18, 2**18 + 1, 2**19 + 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_adding_signs_equals_unpacking_then_adding(numel: int, dtype: torch.dtype) -> None:
+    out, scale = torch.randn(numel).to(dtype), torch.tensor([0.3]).to(dtype)
+    bits = torch.rand(numel) < 0.5
+    expected = out + torch.where(bits, scale, -scale)
+    add_signs_(pack_bits(bits), scale, out)
+    assert torch.equal(out, expected)
