@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_distopt.exchange.meter import Meter, ring_all_reduce_bytes
+from lightning_distopt.exchange.meter import NOT_IN_STEPS, Meter, ring_all_reduce_bytes
 from lightning_distopt.strategies.checks import count
 from lightning_distopt.strategies.compat import loggers_write_now
 
@@ -22,7 +22,7 @@ class CommunicationMonitor(Callback):
     ========================  ====================================================================================
     ``comm/bytes_sent``       bytes that rank 0 sent in an optimizer step, mean since the last log
     ``comm/bytes_received``   the same for received bytes
-    ``comm/bytes_sent_total`` bytes sent since the start of the fit
+    ``comm/bytes_sent_total`` bytes sent in all optimizer steps so far
     ``comm/compression_ratio``  bytes that ``ddp`` would have sent, over the bytes sent, since the start of the fit
     ``comm/exchange_seconds`` seconds a step that the process waited for the network
     ``comm/encode_seconds``   seconds a step spent compressing and decoding
@@ -30,6 +30,8 @@ class CommunicationMonitor(Callback):
     ``feedback/mismatch``     squared distance between where gradients are taken and the auxiliary point
     ``feedback/sidecars_lost``  rank 0's files beside the loaded checkpoint that could not be used
     ========================  ====================================================================================
+
+    What is sent before the first step, in validation and for ``mismatch_every`` is in the table only.
 
     Under plain ``ddp`` nothing counts, so the bytes are computed from the parameters (ring all-reduce of the gradients,
     broadcast of the buffers) and the seconds are left out. Values are logged every ``log_every_n_steps`` of the Trainer.
@@ -68,7 +70,7 @@ class CommunicationMonitor(Callback):
             "comm/bytes_received": per_step[2],
             "comm/bytes_sent_total": float(now[1]),
         }
-        if self._meter.bytes_sent:  # not on one device
+        if self._meter.step_bytes_sent:  # not on one device
             figures["comm/compression_ratio"] = self._meter.compression_ratio
         if not isinstance(self._meter, _ComputedMeter):
             figures |= {"comm/exchange_seconds": per_step[3], "comm/encode_seconds": per_step[4]}
@@ -93,9 +95,9 @@ class CommunicationMonitor(Callback):
         self.summary = {
             "steps": float(meter.steps),
             "seconds": time.perf_counter() - self._started,
-            "bytes_sent": float(meter.bytes_sent),
-            "bytes_received": float(meter.bytes_received),
-            "bytes_sent_per_step": meter.bytes_sent / steps,
+            "bytes_sent": float(meter.step_bytes_sent),
+            "bytes_received": float(meter.step_bytes_received),
+            "bytes_sent_per_step": meter.step_bytes_sent / steps,
             "compression_ratio": meter.compression_ratio,
             "exchange_seconds": meter.seconds["exchange"],
             "encode_seconds": meter.seconds["encode"],
@@ -115,10 +117,11 @@ class CommunicationMonitor(Callback):
         for purpose in sorted(self._meter.sent, key=lambda p: -self._meter.sent[p]):
             sent, received = self._meter.sent[purpose], self._meter.received[purpose]
             if sent or received:
-                table.add_row(purpose, _si(sent / steps), _si(received / steps), _si(sent))
-        sent, received = self._meter.bytes_sent, self._meter.bytes_received
+                each = ("", "") if purpose in NOT_IN_STEPS else (_si(sent / steps), _si(received / steps))
+                table.add_row(purpose, *each, _si(sent))
+        sent, received = self._meter.step_bytes_sent, self._meter.step_bytes_received
         table.add_section()
-        table.add_row("all", _si(sent / steps), _si(received / steps), _si(sent))
+        table.add_row("all", _si(sent / steps), _si(received / steps), _si(self._meter.bytes_sent))
         lines = [f"compression ratio against ddp: {self.summary['compression_ratio']:.1f}"]
         if computed:
             lines = ["computed from the parameters, not counted"]
@@ -134,7 +137,7 @@ class CommunicationMonitor(Callback):
     def _totals(self) -> tuple[int, int, int, float, float]:
         meter = self._meter
         seconds = meter.seconds
-        return meter.steps, meter.bytes_sent, meter.bytes_received, seconds["exchange"], seconds["encode"]
+        return meter.steps, meter.step_bytes_sent, meter.step_bytes_received, seconds["exchange"], seconds["encode"]
 
 
 class _ComputedMeter(Meter):

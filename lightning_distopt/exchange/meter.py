@@ -22,10 +22,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-__all__ = ["Meter", "ring_all_reduce_bytes"]
+__all__ = ["NOT_IN_STEPS", "Meter", "ring_all_reduce_bytes"]
 
 
-_NOT_TRAINING = ("setup", "validation", "diagnostics")
+NOT_IN_STEPS = ("setup", "validation", "diagnostics")
 
 
 def ring_all_reduce_bytes(nbytes: int, world: int) -> int:
@@ -63,14 +63,21 @@ class Meter:
         return self.received.total()
 
     @property
-    def compression_ratio(self) -> float:
-        """Bytes that ``ddp`` would have sent in the counted steps, over those sent for training; NaN where nothing was sent.
-
-        Averaging, buffers and flags count; what ``ddp`` does as well before training and in validation, and diagnostics
-        that were asked for, do not.
+    def step_bytes_sent(self) -> int:
+        """Bytes sent in optimizer steps: averaging, buffers and flags too, but not what ``ddp`` sends as well before
+        training and in validation, nor diagnostics that were asked for.
         """
-        sent = sum(nbytes for purpose, nbytes in self.sent.items() if purpose not in _NOT_TRAINING)
-        return self.dense_bytes / sent if sent else float("nan")
+        return _in_steps(self.sent)
+
+    @property
+    def step_bytes_received(self) -> int:
+        """The same for received bytes."""
+        return _in_steps(self.received)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes that ``ddp`` would have sent in the counted steps, over those sent; NaN where nothing was sent."""
+        return self.dense_bytes / self.step_bytes_sent if self.step_bytes_sent else float("nan")
 
     def step(self, dense_bytes: int, steps: int = 1) -> None:
         """Count optimizer steps, in which plain ``ddp`` would have sent ``dense_bytes`` together."""
@@ -105,6 +112,10 @@ class Meter:
             yield
         finally:
             self.seconds[what] += time.perf_counter() - start
+
+
+def _in_steps(counts: Counter[str]) -> int:
+    return sum(nbytes for purpose, nbytes in counts.items() if purpose not in NOT_IN_STEPS)
 
 
 def _children(rank: int, world: int) -> int:
