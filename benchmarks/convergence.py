@@ -103,9 +103,9 @@ _FOR_ADAM: dict[str, dict[str, Any] | None] = {
     "top-k 1.56 %, step ahead": {"compressor": "topk:0.015625", "averaging_period": 0},
 }
 STUDIES = {
-    "defaults-digits": Study(_EQUAL_VOLUME, (0.02, 0.05), (0, 1, 2), 15, 16, _SGD, _digits),
-    "defaults-cifar10": Study(_EQUAL_VOLUME, (0.05, 0.1), (0, 1, 2), 8, 8, _SGD, _cifar10),
-    "adam-digits": Study(_FOR_ADAM, (0.001, 0.003), (0, 1), 15, 16, torch.optim.Adam, _digits),
+    "defaults-digits": Study(_EQUAL_VOLUME, (0.02, 0.05), (0, 1), 12, 16, _SGD, _digits),
+    "defaults-cifar10": Study(_EQUAL_VOLUME, (0.05, 0.1), (0, 1), 8, 8, _SGD, _cifar10),
+    "adam-digits": Study(_FOR_ADAM, (0.001, 0.003), (0, 1), 12, 16, torch.optim.Adam, _digits),
 }
 
 

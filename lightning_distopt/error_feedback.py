@@ -53,16 +53,23 @@ def step_ahead_(params: Sequence[Tensor], anchor: FlatViews, residual: FlatViews
             if param.dtype is x.dtype:
                 param.sub_(e, alpha=coefficient)
             else:
-                param.copy_(x - coefficient * e)
+                param.copy_(torch.sub(x, e, alpha=coefficient))
 
 
 def compensate_(params: Iterable[Tensor], anchor: FlatViews, residual: FlatViews, coefficient: float) -> None:
-    """Turn the residual into the displacement ``D = (x - z) + (1 - coefficient) * e``, with ``z`` in the parameters."""
+    """Turn the residual into the displacement ``D = (x - z) + (1 - coefficient) * e``, with ``z`` in the parameters.
+
+    ``x - z`` is taken first: it is small and nearly exact, while ``e + x`` would round ``e`` to the precision of ``x``.
+    The parameters are scratch afterwards (they hold ``x - z``); the anchor has ``x``.
+    """
     for param, x, e in zip(params, anchor.views, residual.views, strict=True):
         if coefficient == 1.0:
             torch.sub(x, param, out=e)
+        elif param.dtype is x.dtype:
+            torch.sub(x, param, out=param)
+            torch.add(param, e, alpha=1.0 - coefficient, out=e)
         else:
-            e.mul_(1.0 - coefficient).add_(x).sub_(param)
+            e.mul_(1.0 - coefficient).add_(x - param)
 
 
 def compress_(compressor: Compressor, tensors: Sequence[Tensor], keys: Sequence[int]) -> list[Payload]:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -28,13 +29,14 @@ class CommunicationMonitor(Callback):
     ``comm/encode_seconds``   seconds a step spent compressing and decoding
     ``feedback/residual_norm``  2-norm of rank 0's residual
     ``feedback/mismatch``     squared distance between where gradients are taken and the auxiliary point
-    ``feedback/sidecars_lost``  rank 0's files beside the loaded checkpoint that could not be used
+    ``feedback/sidecars_lost``  files beside the loaded checkpoint, of all ranks, that could not be used
     ========================  ====================================================================================
 
     What is sent before the first step, in validation and for ``mismatch_every`` is in the table only.
 
     Under plain ``ddp`` nothing counts, so the bytes are computed from the parameters (ring all-reduce of the gradients,
-    broadcast of the buffers) and the seconds are left out. Values are logged every ``log_every_n_steps`` of the Trainer.
+    broadcast of the buffers) and the seconds are left out; under other strategies on several devices nothing is logged.
+    Values are logged every ``log_every_n_steps`` of the Trainer. ``summary`` holds the totals when the fit has ended.
 
     Args:
         mismatch_every: log ``feedback/mismatch`` every this many optimizer steps; it costs a dense all-reduce, counted
@@ -48,19 +50,27 @@ class CommunicationMonitor(Callback):
         self.summary: dict[str, float] = {}
         self._meter = Meter()
         self._last = (0, 0, 0, 0.0, 0.0)
+        self._steps = (0, 0)
         self._last_mismatch = 0
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._meter = getattr(trainer.strategy, "meter", None) or _ComputedMeter(trainer)
+        known = isinstance(trainer.strategy, DDPStrategy) or trainer.world_size == 1
+        if not known:
+            rank_zero_info(
+                f"`CommunicationMonitor` does not know what `{type(trainer.strategy).__name__}` sends, and logs nothing. Use it "
+                "with `compressed_ddp` or `ddp`."
+            )
+        self._meter = getattr(trainer.strategy, "meter", None) or (_ComputedMeter(trainer) if known else Meter())
         self._started = time.perf_counter()
         self._last = self._totals()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if isinstance(self._meter, _ComputedMeter):
             self._meter.catch_up(trainer.global_step)
+        before, self._steps = self._steps, (trainer.global_step, self._meter.steps)
         steps = self._meter.steps - self._last[0]
-        if not steps or not loggers_write_now(trainer):
+        if not steps or before == self._steps or not loggers_write_now(trainer):  # a micro-batch does not step
             return
         now = self._totals()
         per_step = [(new - old) / steps for new, old in zip(now, self._last, strict=True)]
@@ -102,7 +112,7 @@ class CommunicationMonitor(Callback):
             "exchange_seconds": meter.seconds["exchange"],
             "encode_seconds": meter.seconds["encode"],
         }
-        if self.table and trainer.is_global_zero:
+        if self.table and meter.steps and trainer.is_global_zero:
             self._print(type(trainer.strategy).__name__)
 
     def _print(self, strategy: str) -> None:
@@ -122,17 +132,17 @@ class CommunicationMonitor(Callback):
         sent, received = self._meter.step_bytes_sent, self._meter.step_bytes_received
         table.add_section()
         table.add_row("all", _si(sent / steps), _si(received / steps), _si(self._meter.bytes_sent))
-        lines = [f"compression ratio against ddp: {self.summary['compression_ratio']:.1f}"]
+        console = Console()
+        console.print(table)
         if computed:
-            lines = ["computed from the parameters, not counted"]
-        else:
-            lines.append(
-                f"encode {1e3 * self.summary['encode_seconds'] / steps:.2f} ms / step, "
-                f"waiting for the network {1e3 * self.summary['exchange_seconds'] / steps:.2f} ms / step"
-            )
-        table.caption = "; ".join(lines)
-        table.caption_justify = "left"
-        Console().print(table)
+            console.print("computed from the parameters, not counted")
+            return
+        encode, exchange = (1e3 * self.summary[f"{what}_seconds"] / steps for what in ("encode", "exchange"))
+        console.print(
+            f"compression ratio against ddp: {self.summary['compression_ratio']:.1f}\n"
+            f"encode {encode:.2f} ms / step, waiting for the network {exchange:.2f} ms / step",
+            highlight=False,
+        )
 
     def _totals(self) -> tuple[int, int, int, float, float]:
         meter = self._meter
@@ -164,7 +174,7 @@ class _ComputedMeter(Meter):
 def _si(nbytes: float) -> str:
     """Bytes for people: 1234567 -> '1.23 MB'."""
     for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
+        if nbytes < 999.5:
             return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"

@@ -1,16 +1,17 @@
-"""A bucket: the parameters that are compressed and exchanged together, with their memory."""
+"""Buckets, the parameters that are compressed and exchanged together, and groups, the buckets that the same optimizers step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_distopt.compressors.base import wide
 from lightning_distopt.error_feedback import FlatViews
 
-__all__ = ["Bucket", "make_buckets"]
+__all__ = ["Bucket", "Group", "make_buckets"]
 
 
 @dataclass
@@ -40,20 +41,84 @@ class Bucket:
         """The parameters without autograd."""
         return [param.detach() for param in self.params]
 
+    def parts(self, memory: FlatViews, whole: bool) -> tuple[list[str], list[Tensor]]:
+        """Return names and flat tensors of what a compressor is handed: all of the bucket as one, or its parameters."""
+        return (["+".join(self.names)], [memory.flat]) if whole else (self.names, memory.flats)
+
     def restore(self) -> None:
         """Write ``x`` back into the parameters."""
         for param, x in zip(self.data, self.anchor.views, strict=True):
             param.copy_(x)
 
 
+@dataclass
+class Group:
+    """The parameters that the same optimizers step: their rounds begin and end together.
+
+    Args:
+        owners: numbers of these optimizers.
+        buckets: in the order of their collectives.
+        rounds: exchanges so far.
+        local_steps: optimizer steps since the last exchange.
+        begun: a micro-batch of this round has been seen, and its averaging of residuals is done.
+        away: the parameters hold ``y`` or ``z``, and the anchors hold ``x``.
+        stash: ``z``, while ``x`` is shown in the middle of a round.
+    """
+
+    owners: tuple[int, ...]
+    buckets: list[Bucket]
+    rounds: int = 0
+    local_steps: int = 0
+    begun: bool = False
+    away: bool = False
+    stash: list[Tensor] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """The owners as text, the group's name in checkpoints."""
+        return "+".join(map(str, self.owners))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all parameters."""
+        return [name for bucket in self.buckets for name in bucket.names]
+
+    @property
+    def data(self) -> list[Tensor]:
+        """All parameters without autograd."""
+        return [param for bucket in self.buckets for param in bucket.data]
+
+    def restore(self) -> None:
+        """Drop what happened since the last exchange: the parameters hold ``x``."""
+        if self.away:
+            for bucket in self.buckets:
+                bucket.restore()
+        self.away = False
+        self.local_steps = 0
+        self.stash = []
+
+    def show_common(self) -> None:
+        """Swap ``x`` in, in the middle of a round."""
+        self.stash = [param.clone() for param in self.data]
+        for bucket in self.buckets:
+            bucket.restore()
+
+    def hide_common(self) -> None:
+        """Swap ``z`` back in, if ``x`` is shown."""
+        if self.stash:
+            for param, local in zip(self.data, self.stash, strict=True):
+                param.copy_(local)
+            self.stash = []
+
+
 def make_buckets(params: Mapping[str, Parameter], max_bytes: float) -> list[Bucket]:
-    """Cut parameters, in order, into buckets of at most ``max_bytes``; a larger parameter gets one of its own."""
+    """Cut parameters, in order, into buckets whose memory takes at most ``max_bytes``; a larger one is alone in its own."""
     buckets: list[Bucket] = []
     for same in _by_kind(params):
         names: list[str] = []
         size = 0
         for name in same:
-            nbytes = params[name].numel() * 4
+            nbytes = params[name].numel() * wide(params[name].dtype).itemsize
             if names and size + nbytes > max_bytes:
                 buckets.append(Bucket(names, [params[n] for n in names]))
                 names, size = [], 0
@@ -63,8 +128,8 @@ def make_buckets(params: Mapping[str, Parameter], max_bytes: float) -> list[Buck
     return buckets
 
 
-def _by_kind(params: Mapping[str, Parameter]) -> Sequence[list[str]]:
+def _by_kind(params: Mapping[str, Parameter]) -> Iterable[list[str]]:
     kinds: dict[object, list[str]] = {}
     for name, param in params.items():
         kinds.setdefault((param.dtype, param.device), []).append(name)
-    return list(kinds.values())
+    return kinds.values()

@@ -20,8 +20,9 @@ from torch.futures import Future
 from torch.nn import Parameter
 
 from lightning_distopt.compressors import Compressor, Dense
-from lightning_distopt.compressors.base import all_finite
+from lightning_distopt.compressors.base import all_finite, wide
 from lightning_distopt.compressors.randomness import derive_key
+from lightning_distopt.data_parallel.agreement import agree, first_non_finite
 from lightning_distopt.data_parallel.exchanges import ExchangeName, make_exchange
 from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.exchange import Meter, Steps
@@ -69,10 +70,13 @@ class GradientSync:
         self._works: list[Steps] = []
         self._bytes = 0
         self._non_finite: list[str | None] = []
+        self._counted_alike = False
 
     def hook(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Take one bucket of DDP's reducer; the future holds its averaged gradients."""
         buffer = bucket.buffer()
+        if not self._counted_alike:
+            self._count_alike(buffer.device)
         future: Future[Tensor] = Future(devices=[buffer.device]) if buffer.is_cuda else Future()
         work = self._average(bucket, future)
         next(work)
@@ -81,6 +85,15 @@ class GradientSync:
         if bucket.is_last():
             self._finish()
         return future
+
+    def _count_alike(self, device: torch.device) -> None:
+        """Let ranks that lost their counter of steps (a sidecar) go on with the others', once."""
+        rounds = torch.tensor(self.rounds, device=device)
+        if self._exchange.world > 1:
+            dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
+            self.meter.all_reduce("setup", rounds.nbytes, self._exchange.world)
+        self.rounds = int(rounds)
+        self._counted_alike = True
 
     def _finish(self) -> None:
         works, self._works = self._works, []
@@ -106,8 +119,9 @@ class GradientSync:
                     compressor.decompress(compressor.compress(mean, key, assume_finite=True))
                     for mean, key in zip(means, self._keys(handed_names, "@server"), strict=True)
                 ]
-            if not all(all_finite(mean) for mean in means):  # the same bits on all ranks, so the same answer
-                self._non_finite.append(_first_non_finite(names, gradients))
+            if not _all_finite(means):  # the same bits on all ranks, so the same answer
+                index = first_non_finite(gradients)
+                self._non_finite.append(None if index is None else names[index])
             for tensor, mean in zip(handed, means, strict=True):
                 tensor.copy_(mean.view(tensor.shape))
         future.set_result(bucket.buffer())
@@ -126,20 +140,15 @@ class GradientSync:
             return
         mine = next((name for name in self._non_finite if name), None)
         self._non_finite = []
-        world, rank = self._exchange.world, self._exchange.rank
         order = sorted(self.names.values())
         device = next(iter(self.names)).device
-        code = torch.tensor(0 if mine is None else 1 + rank * len(order) + order.index(mine), device=device)
-        if world > 1:
-            dist.all_reduce(code, op=dist.ReduceOp.MAX)
-            self.meter.all_reduce("flag", code.nbytes, world)
+        culprit = agree(0, None if mine is None else order.index(mine), False, self.meter, device).culprit
         where = "the sum over ranks overflowed"
-        if code:
-            culprit, index = divmod(int(code) - 1, len(order))
-            where = f"the gradient of `{order[index]}` holds a NaN or an infinity on rank {culprit}"
+        if culprit is not None:
+            where = f"the gradient of `{order[culprit[1]]}` holds a NaN or an infinity on rank {culprit[0]}"
         raise NonFiniteError(
-            f"In step {self.rounds - 1} {where}, and all {world} ranks stopped before the optimizer's step. Look for the "
-            "cause in that rank's batch or loss, or lower the learning rate."
+            f"In step {self.rounds - 1} {where}, and all {self._exchange.world} ranks stopped before the optimizer's step. "
+            "Look for the cause in that rank's batch or loss, or lower the learning rate."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,8 +160,6 @@ class GradientSync:
         self.rounds = int(state.get("rounds", 0))
 
 
-def _first_non_finite(names: list[str], tensors: list[Tensor]) -> str | None:
-    for name, tensor in zip(names, tensors, strict=True):
-        if not bool(tensor.isfinite().all()):
-            return name
-    return None
+def _all_finite(tensors: list[Tensor]) -> bool:
+    sums = torch.stack([tensor.sum(dtype=wide(tensor.dtype)) for tensor in tensors])  # one look at the device for all
+    return bool(sums.isfinite().all()) or all(all_finite(tensor) for tensor in tensors)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["merge_states"]
 
@@ -17,19 +18,24 @@ def merge_states(states: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         states: :meth:`UpdateSync.state_dict` of each old rank, in order; ``None`` where it was lost (counts as zero).
 
     Returns:
-        A state: mean residuals, the replicated server's residual (alike on all old ranks), all shards of a sharded one,
-        the counters. Local steps of an unfinished round are dropped.
+        A state, the same for every new rank: mean residuals, the server's residual (of one replica, or put together
+        from all shards), the counters. Local steps of an unfinished round are dropped.
     """
     found = [state for state in states if state is not None]
     merged: dict[str, Any] = {"residuals": {}, "server": {}, "shards": {}, "local": {}, "groups": {}}
     if not found:
         return merged
+    residuals: dict[str, Tensor] = merged["residuals"]
+    server: dict[str, Tensor] = merged["server"]
+    server.update(found[0]["server"])
     for state in found:
         for name, values in state["residuals"].items():
-            total = merged["residuals"].setdefault(name, torch.zeros_like(values))
-            total.add_(values, alpha=1.0 / len(states))
+            residuals.setdefault(name, torch.zeros_like(values)).add_(values, alpha=1.0 / len(states))
+    for state in found:
         for name, pieces in state["shards"].items():
-            merged["shards"].setdefault(name, []).extend(pieces)
-    merged["server"] = found[0]["server"]
+            whole = server.setdefault(name, torch.zeros_like(residuals[name])).view(-1)
+            for piece in pieces:
+                start, values = piece["start"], piece["values"]
+                whole[start : start + values.numel()] = values
     merged["groups"] = {key: {**counters, "local_steps": 0} for key, counters in found[0]["groups"].items()}
     return merged

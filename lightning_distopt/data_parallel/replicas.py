@@ -16,7 +16,11 @@ __all__ = ["broadcast_", "check_alike"]
 
 
 def check_alike(
-    lines: Sequence[str], meter: Meter, device: torch.device, group: dist.ProcessGroup | None = None
+    lines: Sequence[str],
+    meter: Meter,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    doing: str = "",
 ) -> None:
     """Raise on all ranks unless all ranks describe the same parameters.
 
@@ -25,13 +29,14 @@ def check_alike(
         meter: counts what travels.
         device: where collectives take their tensors.
         group: process group; the default one if ``None``.
+        doing: what the ranks are about to do with the parameters; must be the same, too.
 
     Raises:
         RankMismatchError: naming the ranks that differ from rank 0.
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     table = torch.zeros(world, 2, dtype=torch.int64, device=device)
-    table[rank] = torch.tensor([zlib.crc32("\n".join(lines).encode()), len(lines)])
+    table[rank] = torch.tensor([zlib.crc32("\n".join([*lines, doing]).encode()), len(lines)])
     dist.all_reduce(table, group=group)
     meter.all_reduce("setup", table.nbytes, world)
     checksums, counts = table.t().tolist()
@@ -39,7 +44,8 @@ def check_alike(
     if odd:
         raise RankMismatchError(
             f"All ranks must train the same parameters with the same optimizers: ranks {odd} differ from rank 0 (number of "
-            f"parameters by rank: {counts}). Build, freeze and unfreeze the model alike on every rank."
+            f"parameters by rank: {counts}). Build, freeze and unfreeze the model alike on every rank, and step the same "
+            "optimizers in the same batches."
         )
 
 

@@ -9,14 +9,20 @@ One round of one rank (H = ``sync_every`` optimizer steps; numbers as in the cod
 Between rounds with H = 1 the parameters hold the common model ``x``, the same bits on every rank; so validation,
 checkpoints and callbacks need nothing. With H > 1 they hold ``z`` inside a round, and :meth:`UpdateSync.show_common`
 swaps ``x`` in.
+
+Memory beyond parameters, gradients and optimizer, in copies of the parameters (of float32 for half-precision ones):
+``x`` and ``e`` are one each; ``s`` is one if replicated, ``1 / W`` if sharded. An exchange takes the mean of one bucket,
+temporaries of less than another, and the payloads of two buckets: a rank's own and those that it receives. A look at
+``x`` in the middle of a round takes one more copy; so does, once, handing a sharded ``s`` to new owners.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,12 +31,15 @@ from torch.nn import Parameter
 
 from lightning_distopt.compressors import Compressor, Dense
 from lightning_distopt.compressors.randomness import derive_key
-from lightning_distopt.data_parallel.buckets import Bucket, make_buckets
+from lightning_distopt.data_parallel.agreement import agree, first_bad_parameter
+from lightning_distopt.data_parallel.buckets import Bucket, Group, make_buckets
 from lightning_distopt.data_parallel.exchanges import ExchangeName, make_exchange
 from lightning_distopt.data_parallel.replicas import check_alike
+from lightning_distopt.data_parallel.server_memory import ServerMemory
+from lightning_distopt.data_parallel.state import collect_state, no_state, place_state, rescue_lost
 from lightning_distopt.error_feedback import FlatViews, average_, compensate_, compress_, step_ahead_
 from lightning_distopt.errors import NonFiniteError
-from lightning_distopt.exchange import Exchange, Meter, ServerResidual, ShardedServerExchange, Steps, overlap
+from lightning_distopt.exchange import Exchange, Meter, Steps, overlap
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
 
 __all__ = ["UpdateSync", "UpdateSyncConfig"]
@@ -44,7 +53,8 @@ class UpdateSyncConfig:
         compressor: of the displacements, contractive.
         exchange: how payloads are averaged.
         coefficient: share of the residual that is stepped ahead, in [0, 1]: 0 is EF, 1 is SAEF.
-        averaging_period: residuals are averaged over ranks every this many rounds, before the step ahead; 0: never.
+        averaging_period: residuals are averaged over ranks every this many rounds, before the step ahead (not in dense
+            rounds, which leave none); 0: never.
         server_compression: compress the average again, with the server's own residual.
         dense_steps: rounds at the start that send everything.
         sync_every: local optimizer steps a round.
@@ -63,19 +73,6 @@ class UpdateSyncConfig:
     scope: str = "tensor"
     bucket_bytes: float = 25 * 2**20
     seed: int = 0
-
-
-@dataclass
-class _Group:
-    """The parameters that the same optimizers step: they are exchanged together."""
-
-    owners: tuple[int, ...]
-    buckets: list[Bucket]
-    rounds: int = 0
-    local_steps: int = 0
-    begun: bool = False  # a micro-batch of this round has been seen, and its averaging is done
-    away: bool = False  # the parameters hold y or z, and the anchor holds x
-    stash: list[Tensor] = field(default_factory=list)  # z, while x is shown in the middle of a round
 
 
 class UpdateSync:
@@ -104,9 +101,12 @@ class UpdateSync:
             seed=config.seed,
         )
         self._dense: Exchange = make_exchange("all_reduce", Dense("float32"), meter, group)
-        self._groups: list[_Group] = []
-        self._tracked: dict[str, tuple[int, ...]] = {}
-        self._restored: dict[str, Any] = {}
+        self._server = ServerMemory(self._exchange, self._whole(config.compressor))
+        self._groups: list[Group] = []
+        self._tracked: dict[str, tuple[int, ...]] | None = None
+        self._lines: list[str] = []  # what all ranks must track alike
+        self._checksum = 0  # of these lines
+        self._asleep = no_state()  # of parameters that do not take part now
 
     @property
     def world(self) -> int:
@@ -128,50 +128,48 @@ class UpdateSync:
         """All buckets, in the order of their collectives."""
         return [bucket for group in self._groups for bucket in group.buckets]
 
-    @property
-    def _shards(self) -> Mapping[str, ServerResidual]:
-        return self._exchange.residuals if isinstance(self._exchange, ShardedServerExchange) else {}
-
-    def _numbered(self) -> Iterator[tuple[_Group, int, Bucket]]:
-        return ((group, index, bucket) for group in self._groups for index, bucket in enumerate(group.buckets))
-
     # ---- what takes part ------------------------------------------------------------------------------------------
 
     def track(self, params: Mapping[str, Parameter], owners: Mapping[str, tuple[int, ...]]) -> None:
-        """Take part with these parameters; cheap where nothing has changed, residuals are kept where something has.
+        """Take part with these parameters; cheap where nothing has changed.
+
+        Residuals are kept by name, those of parameters that no longer take part too, until they do again.
 
         Args:
             params: by full name, in an order that is the same on all ranks.
             owners: for each name, the numbers of the optimizers that step it.
 
         Raises:
-            RankMismatchError: if the ranks disagree on names, shapes, dtypes or owners.
+            RankMismatchError: on all ranks, if they disagree on names, shapes, dtypes or owners. The first call finds
+                out by itself; after later ones the next exchange does, because a rank where nothing changed sends nothing.
         """
         if self._tracked == owners and all(
             p is params[n] for bucket in self.buckets for n, p in zip(bucket.names, bucket.params, strict=True)
         ):
             return
-        if self.world > 1:
-            lines = [
-                f"{name} {owner} {tuple(params[name].shape)} {params[name].dtype}" for name, owner in owners.items()
-            ]
-            device = next(iter(params.values())).device if params else torch.device("cpu")
-            check_alike(lines, self.meter, device, self.group)
         self.flush()
+        self._lines = [
+            f"{name} {owner} {tuple(params[name].shape)} {params[name].dtype}" for name, owner in owners.items()
+        ]
+        self._checksum = zlib.crc32("\n".join(self._lines).encode())
+        first = self._tracked is None
+        device = next(iter(params.values())).device if params else torch.device("cpu")
+        if first and self.world > 1:
+            check_alike(self._lines, self.meter, device, self.group)
         kept = self.state_dict()
         by_owners: dict[tuple[int, ...], dict[str, Parameter]] = {}
         for name, owner in owners.items():
             if params[name].numel():
                 by_owners.setdefault(owner, {})[name] = params[name]
         limit = float("inf") if self.config.scope == "model" else self.config.bucket_bytes
-        self._groups = [_Group(owner, make_buckets(named, limit)) for owner, named in by_owners.items()]
+        self._groups = [Group(owner, make_buckets(named, limit)) for owner, named in by_owners.items()]
         if self.config.server_compression and self.config.exchange != "sharded_server":
             for bucket in self.buckets:
                 bucket.server = FlatViews(bucket.params)
         self._tracked = dict(owners)
-        restored = self._restored or kept
-        self._restored = {}
-        self._load(restored)
+        self.load_state_dict(kept)
+        if first and self.world > 1 and self._groups:
+            rescue_lost(self._groups, self.meter, self.group)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
@@ -182,29 +180,24 @@ class UpdateSync:
         Returns:
             Whether a round begins with this call (the moment to broadcast buffers).
         """
-        begins = False
         for group in self._groups:
-            if group.stash:
-                self._hide_common(group)
-            if group.away:
-                continue
-            begins = begins or not group.begun
-            period = self.config.averaging_period
-            if period and not group.begun and (group.rounds + 1) % period == 0:
-                average_([bucket.residual for bucket in group.buckets], self.meter, self.group, self.world)  # [0]
-            group.begun = True
+            group.hide_common()
+        entering = [group for group in self._groups if not group.away]
+        beginning = [group for group in entering if not group.begun]
+        self._average([group for group in beginning if self._averages(group)])  # [0]
+        for group in entering:
             ahead = 0.0 if self._is_dense(group) else self.config.coefficient
             for bucket in group.buckets:
                 step_ahead_(bucket.data, bucket.anchor, bucket.residual, ahead)  # [1]
-            group.away = True
-        return begins
+            group.begun = group.away = True
+        return bool(beginning)
 
     @torch.no_grad()
     def leave(self) -> None:
         """Bring the common model back without an exchange, unless inside a round of several local steps."""
         for group in self._groups:
-            if group.away and not group.local_steps:
-                self._restore(group)
+            if not group.local_steps:
+                group.restore()
 
     @torch.no_grad()
     def exchange(self, owner: int | None = None) -> bool:
@@ -216,6 +209,7 @@ class UpdateSync:
         Raises:
             NonFiniteError: on all ranks, if a parameter of any rank is not finite after its step; the parameters hold the
                 common model again, and no residual has changed.
+            RankMismatchError: on all ranks, if they do not exchange the same parameters; the same holds.
         """
         due = []
         for group in self._groups:
@@ -232,115 +226,115 @@ class UpdateSync:
         self._end_rounds([group for group in self._groups if group.local_steps])
         self.leave()
 
-    def _end_rounds(self, groups: Sequence[_Group]) -> None:
+    def _end_rounds(self, groups: Sequence[Group]) -> None:
         if not groups:
             return
         for group in groups:
-            if group.stash:
-                self._hide_common(group)
-        self._agree_on_finite([bucket for group in groups for bucket in group.buckets])
-        overlap(self._end_round(group, bucket, i) for group in groups for i, bucket in enumerate(group.buckets))
+            group.hide_common()
+        compressed = [bucket for group in groups if not self._is_dense(group) for bucket in group.buckets]
+        if self._agree("exchange", groups, first_bad_parameter(groups), self._server.waits_for(compressed)):
+            self._server.hand_over(compressed)
+        overlap(self._end_round(group, bucket) for group in groups for bucket in group.buckets)
+        ring = sum(ring_all_reduce_bytes(sum(p.nbytes for p in g.data), self.world) * g.local_steps for g in groups)
+        self.meter.step(ring, max(group.local_steps for group in groups))
         for group in groups:
-            ring = ring_all_reduce_bytes(sum(p.nbytes for bucket in group.buckets for p in bucket.params), self.world)
-            self.meter.step(ring * group.local_steps, group.local_steps)
             group.rounds += 1
             group.local_steps = 0
             group.begun = group.away = False
 
-    def _end_round(self, group: _Group, bucket: Bucket, index: int) -> Steps:
+    def _end_round(self, group: Group, bucket: Bucket) -> Steps:
         dense = self._is_dense(group)
         exchange = self._dense if dense else self._exchange
-        names, tensors = self._handed(group, bucket, bucket.residual, index)
+        whole = self._whole(exchange.compressor)
+        names, residuals = bucket.parts(bucket.residual, whole)
+        _, anchors = bucket.parts(bucket.anchor, whole)
         with self.meter.timed("encode"):
             coefficient = 0.0 if dense else self.config.coefficient
             compensate_(bucket.data, bucket.anchor, bucket.residual, coefficient)  # [2]
-            payloads = compress_(exchange.compressor, tensors, self._keys(names, group.rounds, ""))
-        means = yield from exchange.mean(names, payloads, group.rounds)  # [3]
+            payloads = compress_(exchange.compressor, residuals, self._keys(names, group.rounds))
+        mean = exchange.mean(names, payloads, group.rounds)
+        del payloads  # so that the exchange can free them
+        updates = yield from mean  # [3]
         with self.meter.timed("encode"):
             if bucket.server is not None and not dense:
-                means = self._serve(names, means, self._handed(group, bucket, bucket.server, index)[1], group.rounds)
-            _, anchors = self._handed(group, bucket, bucket.anchor, index)
-            for x, update in zip(anchors, means, strict=True):
-                x.sub_(update)
+                _, servers = bucket.parts(bucket.server, whole)
+                for s in servers:
+                    s.add_(updates.pop(0))
+                self._serve(names, servers, anchors, group.rounds)
+            else:
+                for x, update in zip(anchors, updates, strict=True):
+                    x.sub_(update)
             bucket.restore()
 
-    def _serve(self, names: Sequence[str], means: list[Tensor], server: Sequence[Tensor], step: int) -> list[Tensor]:
-        """Compress the mean again on every rank alike: ``s += u;  v = C(s);  s -= v``."""
-        keys = self._keys(names, step, "@server")
-        for i, (s, key) in enumerate(zip(server, keys, strict=True)):
-            s.add_(means[i])
-            payload = self.config.compressor.compress_(s, key, assume_finite=True)
-            means[i].zero_()
-            self.config.compressor.decompress_add_(payload, means[i])
-        return means
+    def _serve(self, names: Sequence[str], servers: Sequence[Tensor], anchors: Sequence[Tensor], step: int) -> None:
+        """Let the replicated server answer, the same on every rank: ``v = C(s);  s -= v;  x -= v``."""
+        compressor = self.config.compressor
+        for s, x, key in zip(servers, anchors, self._keys(names, step, "@server"), strict=True):
+            compressor.decompress_add_(compressor.compress_(s, key, assume_finite=True), x, alpha=-1.0)
 
-    def _handed(self, group: _Group, bucket: Bucket, memory: FlatViews, index: int) -> tuple[list[str], list[Tensor]]:
-        """Return what the compressor sees of a bucket: its parameters one by one, or all of it as one tensor."""
-        if self.config.scope == "model":
-            return [f"model/{'+'.join(map(str, group.owners))}/{index}"], [memory.flat]
-        return bucket.names, memory.flats
+    def _whole(self, compressor: Compressor) -> bool:
+        """Whether the compressor is handed a bucket as one tensor: to have one scale, or because it makes no difference."""
+        return self.config.scope == "model" or not compressor.per_tensor
 
-    def _keys(self, names: Sequence[str], step: int, suffix: str) -> list[int]:
+    def _keys(self, names: Sequence[str], step: int, suffix: str = "") -> list[int]:
         # The replicated server's draws must be the same on all ranks, like those of shared randomness.
         rank = 0 if suffix or self.config.compressor.shared_randomness else self.rank
         return [derive_key(self.config.seed, rank, step, name + suffix) for name in names]
 
-    def _is_dense(self, group: _Group) -> bool:
+    def _is_dense(self, group: Group) -> bool:
         return group.rounds < self.config.dense_steps
 
-    def _agree_on_finite(self, buckets: Sequence[Bucket]) -> None:
-        """Let all ranks know of a non-finite parameter on any of them, by one all-reduce of 8 bytes."""
-        params = [param for bucket in buckets for param in bucket.data]
-        names = [name for bucket in buckets for name in bucket.names]
-        bad = _first_non_finite(params, [p.grad for bucket in buckets for p in bucket.params])
-        code = torch.tensor(0 if bad is None else 1 + self.rank * len(names) + bad, device=params[0].device)
-        if self.world > 1:
-            with self.meter.timed("exchange"):
-                dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self.group)
-            self.meter.all_reduce("flag", code.nbytes, self.world)
-        if not code:
-            return
-        rank, index = divmod(int(code) - 1, len(names))
-        step = max(group.rounds for group in self._groups)
-        for group in self._groups:
-            self._restore(group)
-        raise NonFiniteError(
-            f"Parameter `{names[index]}` got a NaN or an infinity on rank {rank} in step {step}, and all {self.world} ranks "
-            "stopped before it entered a residual; the parameters hold the common model of the step before. Look for the "
-            "cause in that rank's batch or loss, lower the learning rate, or clip gradients (`gradient_clip_val`)."
-        )
+    def _averages(self, group: Group) -> bool:
+        period = self.config.averaging_period
+        return period > 0 and (group.rounds + 1) % period == 0 and not self._is_dense(group)
+
+    def _average(self, groups: Sequence[Group]) -> None:
+        if groups and self.world > 1:
+            self._agree("average", groups)
+            average_([b.residual for group in groups for b in group.buckets], self.meter, self.group, self.world)
+
+    def _agree(
+        self,
+        doing: Literal["average", "exchange"],
+        groups: Sequence[Group],
+        bad: int | None = None,
+        wants: bool = False,
+    ) -> bool:
+        """Go on together with ``groups`` or raise on all ranks; return whether any rank ``wants``."""
+        doing_what = f"{doing} {[(group.owners, group.rounds, group.local_steps) for group in groups]}"
+        device = groups[0].buckets[0].anchor.flat.device
+        agreement = agree(zlib.crc32(doing_what.encode(), self._checksum), bad, wants, self.meter, device, self.group)
+        if not agreement.alike:
+            self.restore()
+            check_alike(self._lines, self.meter, device, self.group, doing_what)
+        if agreement.culprit is not None:
+            rank, index = agreement.culprit
+            name = [name for group in groups for name in group.names][index]
+            step = groups[0].rounds * self.config.sync_every + groups[0].local_steps - 1
+            self.restore()
+            raise NonFiniteError(
+                f"Parameter `{name}` got a NaN or an infinity on rank {rank} in step {step}, and all "
+                f"{self.world} ranks stopped before it entered a residual; the parameters hold the common model of the step "
+                "before. Look for the cause in that rank's batch or loss, lower the learning rate, or clip gradients "
+                "(`gradient_clip_val`)."
+            )
+        return agreement.wanted
 
     # ---- the common model -------------------------------------------------------------------------------------------
 
-    def _restore(self, group: _Group) -> None:
-        if group.away:
-            with torch.no_grad():
-                for bucket in group.buckets:
-                    bucket.restore()
-        group.away = False
-        group.local_steps = 0
-        group.stash = []
-
+    @torch.no_grad()
     def restore(self) -> None:
         """Drop what happened since the last exchange: the parameters hold the common model."""
         for group in self._groups:
-            self._restore(group)
+            group.restore()
 
     @torch.no_grad()
     def show_common(self) -> None:
         """Let the parameters hold the common model, to look at it in the middle of a round; :meth:`enter` swaps back."""
         for group in self._groups:
-            if group.away and group.local_steps and not group.stash:
-                group.stash = [param.clone() for bucket in group.buckets for param in bucket.data]
-                for bucket in group.buckets:
-                    bucket.restore()
+            if group.local_steps and not group.stash:
+                group.show_common()
         self.leave()
-
-    def _hide_common(self, group: _Group) -> None:
-        params = [param for bucket in group.buckets for param in bucket.data]
-        for param, local in zip(params, group.stash, strict=True):
-            param.copy_(local)
-        group.stash = []
 
     def common_model(self) -> dict[Parameter, Tensor]:
         """Return copies of ``x`` for the parameters that hold something else now."""
@@ -363,103 +357,39 @@ class UpdateSync:
 
         A collective (a dense all-reduce of the residuals, counted as "diagnostics"): call it on all ranks, rarely.
         """
-        total = torch.zeros(1, dtype=torch.float64)
-        for group, index, bucket in self._numbered():
+        pieces = self._server.pieces(self.buckets)
+        total = 0.0
+        for bucket in self.buckets:
             memory = FlatViews(bucket.params)
-            mean = memory.flat.copy_(bucket.residual.flat)
-            names, tensors = self._handed(group, bucket, memory, index)
-            for name, tensor in zip(names, tensors, strict=True):
-                shard = self._shards.get(name)
-                if shard is not None:  # every coordinate of s has one owner, so W of it in the sum is s in the mean
-                    part = tensor[shard.start : shard.start + shard.values.numel()]
-                    part.add_(shard.values, alpha=self.world)
-            if self.world > 1:
-                dist.all_reduce(mean, group=self.group)
-                self.meter.all_reduce("diagnostics", mean.nbytes, self.world)
-            mean.div_(self.world)
+            memory.flat.copy_(bucket.residual.flat)
+            for name, flat in zip(bucket.names, memory.flats, strict=True):
+                for start, values in pieces.get(name, []):
+                    # every coordinate of s has one owner, so W of it in the sum is s in the mean
+                    flat[start : start + values.numel()].add_(values, alpha=self.world)
+            mean = self._sum_over_ranks(memory.flat).div_(self.world)
             if bucket.server is not None:
                 mean.add_(bucket.server.flat)
-            total += mean.sub_(bucket.residual.flat, alpha=self.config.coefficient).square().sum().double().cpu()
+            squares = mean.sub_(bucket.residual.flat, alpha=self.config.coefficient).square_().sum(dtype=torch.float64)
+            total += float(self._sum_over_ranks(squares)) / self.world
+        return total
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
         if self.world > 1:
-            total = total.to(self.buckets[0].residual.flat.device)
-            dist.all_reduce(total, group=self.group)
-        return float(total) / self.world
+            dist.all_reduce(values, group=self.group)
+            self.meter.all_reduce("diagnostics", values.nbytes, self.world)
+        return values
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state: tensors, numbers and strings only. Tensors are references, except inside a round."""
-        state: dict[str, Any] = {"residuals": {}, "server": {}, "shards": {}, "local": {}, "groups": {}}
-        for group in self._groups:
-            state["groups"]["+".join(map(str, group.owners))] = {
-                "rounds": group.rounds,
-                "local_steps": group.local_steps,
-                "begun": group.begun,
-            }
-            for bucket in group.buckets:
-                state["residuals"].update(zip(bucket.names, bucket.residual.views, strict=True))
-                if bucket.server is not None:
-                    state["server"].update(zip(bucket.names, bucket.server.views, strict=True))
-            if group.local_steps:
-                local = group.stash or [param for bucket in group.buckets for param in bucket.data]
-                names = [name for bucket in group.buckets for name in bucket.names]
-                state["local"].update({name: z.clone() for name, z in zip(names, local, strict=True)})
-        state["shards"] = {n: [{"start": r.start, "values": r.values}] for n, r in self._shards.items()}
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; parameters that are not tracked yet receive theirs when they are."""
-        if self._groups:
-            self._load(state)
-        else:
-            self._restored = dict(state)
+        return collect_state(self._groups, self._server, self._asleep)
 
     @torch.no_grad()
-    def _load(self, state: Mapping[str, Any]) -> None:
-        residuals, server = state.get("residuals", {}), state.get("server", {})
-        for group in self._groups:
-            counters = state.get("groups", {}).get("+".join(map(str, group.owners)), {})
-            group.rounds = int(counters.get("rounds", 0))
-            group.begun = bool(counters.get("begun", False))
-            for bucket in group.buckets:
-                _fill(bucket.names, bucket.residual, residuals)
-                if bucket.server is not None:
-                    _fill(bucket.names, bucket.server, server)
-            names = [name for bucket in group.buckets for name in bucket.names]
-            local = state.get("local", {})
-            if counters.get("local_steps") and all(name in local for name in names):
-                for bucket in group.buckets:
-                    step_ahead_(bucket.data, bucket.anchor, bucket.residual, 0.0)
-                device = group.buckets[0].anchor.flat.device
-                group.stash = [local[name].to(device) for name in names]
-                group.local_steps, group.away = int(counters["local_steps"]), True
-        if isinstance(self._exchange, ShardedServerExchange) and self._groups:
-            shards = state.get("shards", {})
-            self._exchange.restore_residuals(
-                {
-                    name: [ServerResidual(int(p["start"]), p["values"]) for p in pieces]
-                    for name, pieces in shards.items()
-                }
-            )
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; parameters that are not tracked yet receive theirs when they are.
 
-
-def _fill(names: Sequence[str], memory: FlatViews, values: Mapping[str, Tensor]) -> None:
-    for name, view in zip(names, memory.views, strict=True):
-        value = values.get(name)
-        if value is not None and value.shape == view.shape:
-            view.copy_(value)
-
-
-def _first_non_finite(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> int | None:
-    """Return the index of the parameter to blame, or None; one pass over the parameters in the usual case."""
-    norms = torch._foreach_norm(list(params), float("inf"))
-    if bool(torch.stack([norm.to(torch.float64) for norm in norms]).isfinite().all()):
-        return None
-    for tensors in (
-        grads,
-        params,
-    ):  # a clipped NaN spreads over all parameters: the gradients know better where it began
-        for index, tensor in enumerate(tensors):
-            if tensor is not None and not bool(tensor.isfinite().all()):
-                return index
-    return None
+        The parameters must hold the common model. Ranks may have lost their states: if nothing was tracked before, the
+        first :meth:`track` gives them the others' counters.
+        """
+        self._asleep = place_state(state, self._groups, self._server)

@@ -1,44 +1,32 @@
 """Every private name of Lightning and torch that this package touches; ``tests/strategies/test_compat.py`` tests each.
 
-=============================================  ========================================================================
-name                                           use
-=============================================  ========================================================================
-``DDPStrategy._register_ddp_hooks``            overridden: Lightning attaches hooks on CUDA devices only (2.6.6)
-``DDPStrategy._ddp_kwargs``                    read: which arguments the user gave to DDP
-``Strategy._precision_plugin``                 written by our ``precision_plugin`` setter, like FSDPStrategy's
-``_TrainingEpochLoop._batches_that_stepped``    read: whether loggers write in this batch, like LearningRateMonitor (2.6.6)
-``DistributedDataParallel._get_ddp_logging_data``  tests only: the name of the attached hook
-``torch._foreach_norm``                        one call for the norms of all parameters, as torch's own optimizers do
-=============================================  ========================================================================
+======================================================  ==========================================================
+name                                                    use
+======================================================  ==========================================================
+``DDPStrategy._register_ddp_hooks``                     overridden: Lightning attaches hooks on CUDA only (2.6.6)
+``Strategy._precision_plugin``                          written by our ``precision_plugin`` setter, as FSDPStrategy does
+``Trainer._logger_connector.should_update_logs``        read: whether loggers write now, as Lightning's monitors do
+``Trainer.fit_loop._skip_backward``                     read: the pass for BatchNorm of StochasticWeightAveraging
+``torch._foreach_norm``                                 the norms of all parameters in one call, as in torch.nn.utils
+``DistributedDataParallel._get_ddp_logging_data``       tests only: the name of the attached hook
+``DDPStrategy._ddp_kwargs``                             tests only: what reached DistributedDataParallel
+``DDPStrategy._timeout``                                tests only: what reached the process group
+``_MultiProcessingLauncher._start_method``              tests only: how processes are started
+======================================================  ==========================================================
 """
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import lightning.pytorch as pl
-from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["check_ddp_arguments", "loggers_write_now"]
-
-
-def check_ddp_arguments(strategy: str, arguments: dict[str, Any]) -> None:
-    """Raise at construction for a keyword that ``DistributedDataParallel`` would refuse only at the start of the fit.
-
-    Raises:
-        TypeError: naming the unknown arguments and the known ones.
-    """
-    known = [p for p in inspect.signature(DistributedDataParallel.__init__).parameters if p not in ("self", "module")]
-    unknown = sorted(set(arguments) - set(known))
-    if unknown:
-        raise TypeError(
-            f"`{strategy}` got unknown arguments {unknown}: what it does not know itself goes to DistributedDataParallel, "
-            f"which takes {', '.join(known)}. Check the spelling."
-        )
+__all__ = ["backward_is_skipped", "loggers_write_now"]
 
 
 def loggers_write_now(trainer: pl.Trainer) -> bool:
     """Whether values logged in ``on_train_batch_end`` reach the loggers: every ``log_every_n_steps`` batches that stepped."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
-    return (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def backward_is_skipped(trainer: pl.Trainer) -> bool:
+    """Whether the training steps of this epoch only look at the data, as for the BatchNorm statistics of averaged weights."""
+    return bool(trainer.fit_loop._skip_backward)

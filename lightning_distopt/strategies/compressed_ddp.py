@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn import Embedding, EmbeddingBag
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -25,14 +28,15 @@ from lightning_distopt.data_parallel.exchanges import choose_exchange, make_exch
 from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.error_feedback import refuse_unless_contractive
 from lightning_distopt.exchange import Meter
-from lightning_distopt.strategies.checks import choice, count, fraction, positive
-from lightning_distopt.strategies.compat import check_ddp_arguments
+from lightning_distopt.strategies.checks import choice, count, ddp_arguments, flag, fraction, positive
+from lightning_distopt.strategies.local_steps import LocalSteps
 from lightning_distopt.strategies.rank_state import RankState
 
 __all__ = ["CompressedDDPStrategy"]
 
 ErrorFeedback = Literal["step_ahead", "local", "none"]
 ExchangeChoice = Literal["auto", "all_reduce", "all_gather", "sharded_server"]
+Scope = Literal["tensor", "model"]
 
 # Top-k sends the same coordinates often, and averaging keeps the rest together; scaled sign does without.
 # Chosen by measurement: docs/compressed_ddp.md, "How the defaults were chosen".
@@ -105,27 +109,22 @@ class CompressedDDPStrategy(DDPStrategy):
         exchange: ExchangeChoice = "auto",
         dense_steps: int = 0,
         sync_every: int = 1,
-        scope: Literal["tensor", "model"] = "tensor",
+        scope: Scope = "tensor",
         bucket_mb: float = 25.0,
         strict_sidecars: bool = False,
         **ddp_kwargs: Any,
     ) -> None:
-        name = type(self).__name__
+        ddp_arguments(type(self).__name__, ddp_kwargs)
         super().__init__(**ddp_kwargs)
-        if self._ddp_comm_hook is not None or self._ddp_comm_state is not None or self._ddp_comm_wrapper is not None:
-            raise ValueError(
-                f"`{name}` brings its own communication hook and takes no `ddp_comm_state`, `ddp_comm_hook` or "
-                "`ddp_comm_wrapper`. Use `DDPStrategy` for a hook of your own."
-            )
-        check_ddp_arguments(name, self._ddp_kwargs)
         self.compressor = as_compressor(compressor)
         self.error_feedback: ErrorFeedback = choice("error_feedback", error_feedback, ErrorFeedback)
         self.exchange: ExchangeChoice = choice("exchange", exchange, ExchangeChoice)
-        self.scope: Literal["tensor", "model"] = choice("scope", scope, Literal["tensor", "model"])
+        self.scope: Scope = choice("scope", scope, Scope)
         self.dense_steps = count("dense_steps", dense_steps, 0)
         self.sync_every = count("sync_every", sync_every, 1)
         self.bucket_mb = positive("bucket_mb", bucket_mb)
-        self.strict_sidecars = strict_sidecars
+        self.strict_sidecars = flag("strict_sidecars", strict_sidecars)
+        self.server_compression = None if server_compression is None else flag("server_compression", server_compression)
         self.coefficient = self._checked_coefficient(coefficient)
         if averaging_period is None:
             averaging_period = _AVERAGING_PERIOD.get(type(self.compressor).__name__, 0) if self.uses_residuals else 0
@@ -134,16 +133,16 @@ class CompressedDDPStrategy(DDPStrategy):
             refuse_unless_contractive(self.compressor, self.error_feedback)
         else:
             self._refuse_without_residuals()
-        if server_compression and not self.compressor.contractive and self.uses_residuals:
-            refuse_unless_contractive(self.compressor, "server_compression")
-        self.server_compression = server_compression
         if self.exchange != "auto":  # an exchange that cannot carry the compressor is refused here, not in the workers
             make_exchange(self.exchange, self.compressor, Meter())
         self.meter = Meter()
-        self._update_sync: UpdateSync | None = None
-        self._gradient_sync: GradientSync | None = None
-        self._in_training_step = False
         self.run_id = 0
+        # As in DistributedDataParallel: torch 2.15 renamed `broadcast_buffers`, which also spared the first broadcast.
+        in_forward, spared = ddp_kwargs.get("forward_sync_buffers"), ddp_kwargs.get("broadcast_buffers") is False
+        self._sends_buffers = not spared if in_forward is None else bool(in_forward)
+        self._sends_buffers_first = not spared or in_forward is not None
+        self._local_steps: LocalSteps | None = None
+        self._gradient_sync: GradientSync | None = None
         self._rank_state = RankState(self)
 
     # ---- configuration ----------------------------------------------------------------------------------------------
@@ -200,50 +199,86 @@ class CompressedDDPStrategy(DDPStrategy):
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
     def configure_ddp(self) -> None:
+        assert self.lightning_module is not None
+        self._refuse_averages_of_local_parameters()
+        self._refuse_tensors_that_cannot_be_compressed()
+        self.meter = Meter()
         world = dist.get_world_size()
         run_id = torch.tensor(secrets.randbits(62), device=self.root_device)
         broadcast_([run_id], self.meter, "setup")
         self.run_id = int(run_id)
-        if world == 1:
+        if world > 1:
+            named = self.lightning_module.named_parameters()
+            lines = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in named]
+            check_alike(lines, self.meter, self.root_device)
+        else:
             rank_zero_info(
                 f"`{type(self).__name__}` runs on one device: nothing is sent, and compression only delays updates. Use "
                 "`devices=2` or more, or `strategy='auto'`."
             )
-        if not self.uses_residuals:
+        if self.uses_residuals:
+            self._configure_local_steps(world)
+        else:
             super().configure_ddp()
-            return
+
+    def _configure_local_steps(self, world: int) -> None:
         # No DDP wrapper: gradients stay local, so its reducer and its copy of all gradients would be idle.
-        module = self.lightning_module
-        assert module is not None
-        named = list(module.named_parameters())
-        odd = [name for name, parameter in named if parameter.is_complex()]
-        if odd:
-            raise TypeError(
-                f"`{type(self).__name__}` cannot compress complex parameters: got {odd}. Use `strategy='ddp'`."
-            )
-        if world > 1:
-            check_alike([f"{n} {tuple(p.shape)} {p.dtype}" for n, p in named], self.meter, self.root_device)
-            broadcast_([p for _, p in named], self.meter, "setup")
-            self._broadcast_buffers("setup")
+        assert self.lightning_module is not None
+        buffers = self.lightning_module.buffers() if self._sends_buffers_first else ()
+        broadcast_([*self.lightning_module.parameters(), *buffers], self.meter, "setup")
         exchange = choose_exchange(self.compressor, world) if self.exchange == "auto" else self.exchange
-        self._update_sync = UpdateSync(
-            UpdateSyncConfig(
-                compressor=self.compressor,
-                exchange=exchange,
-                coefficient=self.coefficient,
-                averaging_period=self.averaging_period,
-                server_compression=self._serves(exchange),
-                dense_steps=self.dense_steps,
-                sync_every=self.sync_every,
-                scope=self.scope,
-                bucket_bytes=self.bucket_mb * 2**20,
-                seed=_seed(),
-            ),
-            self.meter,
+        config = UpdateSyncConfig(
+            compressor=self.compressor,
+            exchange=exchange,
+            coefficient=self.coefficient,
+            averaging_period=self.averaging_period,
+            server_compression=self._serves(exchange),
+            dense_steps=self.dense_steps,
+            sync_every=self.sync_every,
+            scope=self.scope,
+            bucket_bytes=self.bucket_mb * 2**20,
+            seed=_seed(),
         )
+        self._local_steps = LocalSteps(self, UpdateSync(config, self.meter), self._sends_buffers)
 
     def _serves(self, exchange: str) -> bool:
         return exchange == "sharded_server" if self.server_compression is None else self.server_compression
+
+    def _refuse_averages_of_local_parameters(self) -> None:
+        assert self.lightning_module is not None
+        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        averaging = [type(c).__name__ for c in callbacks if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]
+        if self.sync_every > 1 and averaging:
+            raise MisconfigurationException(
+                f"`sync_every={self.sync_every}` does not go with {averaging[0]}: between exchanges each rank holds parameters "
+                "of its own, and each would average those. Use `sync_every=1`, or leave the callback out."
+            )
+
+    def _refuse_tensors_that_cannot_be_compressed(self) -> None:
+        module, name = self.lightning_module, type(self).__name__
+        assert module is not None
+        odd = [n for n, parameter in module.named_parameters() if parameter.is_complex()]
+        if odd:
+            raise TypeError(
+                f"`{name}` cannot compress complex parameters: got {odd}. Hold their real and imaginary parts in real "
+                "parameters (`torch.view_as_real`), or use `strategy='ddp'`."
+            )
+        sparse = [n for n, m in module.named_modules() if isinstance(m, (Embedding, EmbeddingBag)) and m.sparse]
+        if sparse and not self.uses_residuals:
+            raise MisconfigurationException(
+                f"`error_feedback='none'` cannot compress sparse gradients, which {sparse} would make. Use `sparse=False` "
+                "there, or `error_feedback='step_ahead'`, which sends updates."
+            )
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if self.uses_residuals and hasattr(optimizer, "consolidate_state_dict"):
+                raise MisconfigurationException(
+                    f"`error_feedback={self.error_feedback!r}` does not go with {type(optimizer).__name__}: each rank must step "
+                    "all parameters by its own gradient, and this optimizer steps a part of them and sends it to the others. "
+                    "Use the optimizer that it wraps, or `error_feedback='none'`."
+                )
 
     def _register_ddp_hooks(self) -> None:
         # Lightning attaches hooks on CUDA only; ours works on every device.
@@ -262,110 +297,64 @@ class CompressedDDPStrategy(DDPStrategy):
         self.model.register_comm_hook(self._gradient_sync, _hook)
 
     def teardown(self) -> None:
-        if self._update_sync is not None:
-            self._update_sync.restore()
-        self._update_sync = None
+        if self._local_steps is not None:
+            self._local_steps.close()
+        self._rank_state.keep()
+        self._local_steps = None
         self._gradient_sync = None
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
-        if self._update_sync is not None:
-            self._update_sync.restore()
+        if self._local_steps is not None:
+            self._local_steps.sync.restore()
         super().on_exception(exception)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        sync = self._update_sync
-        if sync is None:
-            return super().training_step(*args, **kwargs)
-        self._track(sync)
-        if sync.enter():
-            sent = self._broadcast_buffers("buffers")
-            self.meter.dense_bytes += sent  # ddp sends them too
-        self._in_training_step = True
-        try:
-            output = super().training_step(*args, **kwargs)
-        finally:
-            self._in_training_step = False
-        if not self._automatic:
-            sync.leave()  # in manual optimization backward and steps are over; else they follow
-        return output
+        run = partial(super().training_step, *args, **kwargs)
+        if self._local_steps is not None:
+            return self._local_steps.training_step(run)
+        if isinstance(self.model, DistributedDataParallel) and self.model.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+            self._count_buffers(self.model)
+        return run()
+
+    def _count_buffers(self, wrapper: DistributedDataParallel) -> None:
+        """Count what the wrapper broadcasts in forward."""
+        before = self.meter.sent["buffers"]
+        nbytes = sum(buffer.nbytes for buffer in wrapper.buffers())
+        self.meter.broadcast("buffers", nbytes, self.world_size, self.global_rank)
+        self.meter.dense_bytes += self.meter.sent["buffers"] - before
 
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
-        sync = self._update_sync
-        if sync is not None and not self._automatic and not self._in_training_step:
-            sync.enter()  # a manual step outside of training_step: its gradients were taken at y
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if sync is not None:
-            sync.exchange(self._number_of(optimizer))
-            if self._in_training_step and not self._automatic:
-                sync.enter()  # more forwards may follow in this training_step
-        return output
+        run = partial(super().optimizer_step, optimizer, closure, model, **kwargs)
+        return run() if self._local_steps is None else self._local_steps.optimizer_step(optimizer, run)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
+        if self._local_steps is not None:
+            self._local_steps.after_backward()
         if self._gradient_sync is not None:
             self._gradient_sync.raise_if_non_finite()
 
-    @contextmanager
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        with super().block_backward_sync():
-            yield
-        if self._update_sync is not None:
-            self._update_sync.leave()  # an accumulating micro-batch: between batches the parameters hold x
-
     def on_validation_start(self) -> None:
         super().on_validation_start()
-        if self._update_sync is not None:
-            self._update_sync.show_common()
-            self._broadcast_buffers("validation")
+        if self._local_steps is not None:
+            self._local_steps.show_common()
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._update_sync is not None:
-            self._update_sync.flush()
-            self._broadcast_buffers("validation")
-
-    @property
-    def _automatic(self) -> bool:
-        assert self.lightning_module is not None
-        return self.lightning_module.automatic_optimization
-
-    def _number_of(self, optimizer: Optimizer) -> int:
-        for number, known in enumerate(self.optimizers):
-            if known is optimizer:
-                return number
-        raise ValueError(
-            f"`optimizer_step` got a {type(optimizer).__name__} that is none of the strategy's {len(self.optimizers)} "
-            "optimizers. Return every optimizer from `configure_optimizers`."
-        )
-
-    def _track(self, sync: UpdateSync) -> None:
-        """Tell the engine which parameters take part: trainable ones that some optimizer steps."""
-        assert self.lightning_module is not None
-        owners: dict[torch.nn.Parameter, tuple[int, ...]] = {}
-        for number, optimizer in enumerate(self.optimizers):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    owners[parameter] = (*owners.get(parameter, ()), number)
-        named = {n: p for n, p in self.lightning_module.named_parameters() if p.requires_grad and p in owners}
-        sync.track(named, {name: owners[parameter] for name, parameter in named.items()})
-
-    def _broadcast_buffers(self, purpose: str) -> int:
-        if not self._ddp_kwargs.get("broadcast_buffers", True):
-            return 0
-        assert self.lightning_module is not None
-        return broadcast_(self.lightning_module.buffers(), self.meter, purpose)
+        if self._local_steps is not None:
+            self._local_steps.finish()
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 
     @property
     def update_sync(self) -> UpdateSync | None:
         """The engine of this rank while fitting with error feedback."""
-        return self._update_sync
+        return None if self._local_steps is None else self._local_steps.sync
 
     @property
     def gradient_sync(self) -> GradientSync | None:
@@ -374,14 +363,14 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @property
     def sidecars_lost(self) -> int:
-        """Files beside the loaded checkpoint that could not be used."""
+        """Files beside the loaded checkpoint, of all ranks, that could not be used."""
         return self._rank_state.lost
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         state = super().lightning_module_state_dict()
-        common = {} if self._update_sync is None else self._update_sync.common_model()
+        common = {} if self.update_sync is None else self.update_sync.common_model()
         if common:  # saved inside a step or a round: the checkpoint holds the common model
             assert self.lightning_module is not None
             for name, parameter in self.lightning_module.named_parameters(remove_duplicate=False):

@@ -7,10 +7,11 @@ restored starts from zero, which is a valid state, though the auxiliary point ``
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_distopt.data_parallel.merge import merge_states
@@ -37,36 +38,44 @@ class RankState:
 
     Attributes:
         path: the checkpoint that was loaded last.
-        lost: sidecars that could not be read since the start; logged as ``feedback/sidecars_lost``.
+        lost: sidecars, of all ranks, that could not be used since the start; logged as ``feedback/sidecars_lost``.
     """
 
     def __init__(self, strategy: CompressedDDPStrategy) -> None:
         self._strategy = strategy
+        self._kept: dict[str, Any] | None = None
         self.path: str | None = None
         self.lost = 0
+
+    def keep(self) -> None:
+        """Keep the engine's state on the CPU when a fit ends, for a checkpoint that is saved afterwards."""
+        sync = self._strategy.update_sync or self._strategy.gradient_sync
+        if sync is not None:
+            self._kept = move_data_to_device(sync.state_dict(), "cpu")
 
     # ---- write ------------------------------------------------------------------------------------------------------
 
     def write(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        """Mark the checkpoint and write this rank's sidecar; a weights-only checkpoint gets none."""
-        if "optimizer_states" not in checkpoint:
-            return
+        """Mark the checkpoint and write this rank's sidecar; none for a weights-only checkpoint, or before any fit."""
         strategy = self._strategy
-        header = {
+        sync = strategy.update_sync or strategy.gradient_sync
+        state = self._kept if sync is None else sync.state_dict()
+        if "optimizer_states" not in checkpoint or state is None:
+            return
+        checkpoint[_KEY] = header = {
             "format": _FORMAT,
             "world_size": strategy.world_size,
             "algorithm": strategy.strategy_name,
             "error_feedback": strategy.error_feedback,
             "save_id": f"{strategy.run_id}-{_moment(checkpoint)}",
+            "shared": {} if strategy.uses_residuals else state,  # without error feedback all ranks' state is alike,
         }
-        checkpoint[_KEY] = header
-        sync = strategy.update_sync or strategy.gradient_sync
+        own = strategy.uses_residuals and strategy.global_rank > 0  # and so are their optimizers; rank 0's are not here
         content = {
-            **header,
+            "save_id": header["save_id"],
             "rank": strategy.global_rank,
-            "state": {} if sync is None else sync.state_dict(),
-            # rank 0's optimizers are in the checkpoint itself
-            "optimizers": [] if strategy.global_rank == 0 else [o.state_dict() for o in strategy.optimizers],
+            "state": state if strategy.uses_residuals else {},
+            "optimizers": [optimizer.state_dict() for optimizer in strategy.optimizers] if own else [],
             "random": collect_random_states(),
         }
         write_sidecar(os.fspath(filepath), strategy.global_rank, content)
@@ -81,59 +90,94 @@ class RankState:
     def read(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         """Restore this rank from the sidecars of the loaded checkpoint; return the checkpoint with its own optimizers.
 
+        A collective: all ranks learn which files cannot be used.
+
         Raises:
-            SidecarError: if a sidecar is missing, unreadable or of another save, and ``strict_sidecars=True``.
+            SidecarError: on all ranks, if a sidecar is missing, unreadable or of another save, and ``strict_sidecars=True``.
         """
         header = checkpoint.get(_KEY)
-        if self.path is None or header is None:
-            rank_zero_info("The checkpoint was not written by `compressed_ddp`: residuals start from zero.")
-            return checkpoint
         strategy = self._strategy
         sync = strategy.update_sync or strategy.gradient_sync
-        if sync is None:
+        if self.path is None or header is None or sync is None:
+            rank_zero_info("The checkpoint was not written by `compressed_ddp`: residuals start from zero.")
             return checkpoint
-        world = int(header["world_size"])
-        if world == strategy.world_size:
-            mine = self._try_read(strategy.global_rank, header)
-            if mine is None:
-                return checkpoint
-            sync.load_state_dict(mine["state"])
-            restore_random_states(mine["random"])
-            if mine["optimizers"]:
-                return {**checkpoint, "optimizer_states": mine["optimizers"]}
+        if header["error_feedback"] != "none" and not strategy.uses_residuals:
+            rank_zero_warn(
+                f"The checkpoint was written with `error_feedback={header['error_feedback']!r}` and this run has 'none': the "
+                "residuals beside it, what the ranks had not sent yet, are left out. Resume with the same `error_feedback` "
+                "for an exact continuation."
+            )
             return checkpoint
-        rank_zero_warn(
-            f"`{os.path.basename(self.path)}.ranks` was written by {world} processes and this run has "
-            f"{strategy.world_size}: residuals were merged so that their mean over ranks is kept, and every rank continues "
-            f"with rank 0's optimizer state. Resume with {world} devices for an exact continuation."
-        )
-        if strategy.uses_residuals:
-            contents = [self._try_read(rank, header) for rank in range(world)]
-            sync.load_state_dict(merge_states([None if c is None else c["state"] for c in contents]))
+        if strategy.gradient_sync is not None:
+            strategy.gradient_sync.load_state_dict(header["shared"])
+        if header["world_size"] == strategy.world_size:
+            return self._read_own(checkpoint, header)
+        self._read_all(header)
         return checkpoint
 
-    def _try_read(self, rank: int, header: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _read_own(self, checkpoint: Mapping[str, Any], header: Mapping[str, Any]) -> Mapping[str, Any]:
+        strategy = self._strategy
+        mine = self._read([strategy.global_rank], header, ("state", "random", "optimizers"))[0]
+        if mine is None:
+            return checkpoint
+        state, random, optimizers = mine
+        if strategy.update_sync is not None:
+            strategy.update_sync.load_state_dict(state)
+        restore_random_states(random)
+        return {**checkpoint, "optimizer_states": optimizers} if optimizers else checkpoint
+
+    def _read_all(self, header: Mapping[str, Any]) -> None:
+        strategy, world = self._strategy, int(header["world_size"])
         assert self.path is not None
-        try:
-            content = read_sidecar(self.path, rank)
-            if content.get("save_id") != header["save_id"] or content.get("rank") != rank:
-                raise ValueError("it belongs to another save")
-        except Exception as error:  # a damaged file raises what it will
-            reason = "it does not exist" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
-            reason = reason.splitlines()[0]
-            message = f"The sidecar of rank {rank} beside `{os.path.basename(self.path)}` could not be used ({reason})"
-            if self._strategy.strict_sidecars:
-                raise SidecarError(
-                    f"{message}. Restore the file, or pass `strict_sidecars=False` to start its residual from zero."
-                ) from error
-            self.lost += 1
-            warnings.warn(
-                f"{message}: its residual and local optimizer state are lost, so the auxiliary point moves once; training "
-                "continues from a valid state. Pass `strict_sidecars=True` to make this an error.",
-                stacklevel=2,
-            )
-            return None
+        merged = "residuals were merged so that their mean over ranks is kept, and " if strategy.uses_residuals else ""
+        rank_zero_warn(
+            f"`{os.path.basename(self.path)}.ranks` was written by {world} processes and this run has "
+            f"{strategy.world_size}: {merged}every rank continues with rank 0's optimizer state and random numbers of its "
+            f"own. Resume with {world} devices for an exact continuation."
+        )
+        if strategy.update_sync is not None:
+            states = self._read(range(world), header, ("state",))
+            strategy.update_sync.load_state_dict(merge_states([None if s is None else s[0] for s in states]))
+
+    def _read(self, ranks: Iterable[int], header: Mapping[str, Any], keys: Sequence[str]) -> list[list[Any] | None]:
+        """Return these parts of the ranks' sidecars, ``None`` for one that cannot be used."""
+        found: list[list[Any] | None] = []
+        reasons: dict[int, str] = {}
+        for rank in ranks:
+            try:
+                content = self._checked(rank, header)
+                found.append([content[key] for key in keys])
+            except Exception as error:  # a damaged file raises what it will
+                found.append(None)
+                missing = isinstance(error, FileNotFoundError)
+                reasons[rank] = "it does not exist" if missing else f"{type(error).__name__}: {error}".splitlines()[0]
+        everyones: list[dict[int, str]] = [{}] * self._strategy.world_size
+        dist.all_gather_object(everyones, reasons)
+        self._report({rank: reason for theirs in everyones for rank, reason in theirs.items()})
+        return found
+
+    def _checked(self, rank: int, header: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.path is not None
+        content = read_sidecar(self.path, rank)
+        if content.get("save_id") != header["save_id"] or content.get("rank") != rank:
+            raise ValueError("it belongs to another save")
         return content
+
+    def _report(self, reasons: Mapping[int, str]) -> None:
+        if not reasons:
+            return
+        assert self.path is not None
+        which = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(reasons.items()))
+        message = f"{len(reasons)} sidecars in `{os.path.basename(self.path)}.ranks` could not be used ({which})"
+        if self._strategy.strict_sidecars:
+            raise SidecarError(
+                f"{message}. Restore the files, or pass `strict_sidecars=False` to start their residuals from zero."
+            )
+        self.lost += len(reasons)
+        rank_zero_warn(
+            f"{message}: these residuals and local optimizer states are lost, so the auxiliary point moves once; training "
+            "continues from a valid state. Pass `strict_sidecars=True` to make this an error."
+        )
 
 
 def _moment(checkpoint: Mapping[str, Any]) -> str:

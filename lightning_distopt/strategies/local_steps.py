@@ -1,0 +1,197 @@
+"""When a rank goes to ``y``, exchanges, and comes back to ``x``, in terms of Lightning's loops.
+
+automatic   step [ training_step ( enter ─ forward ) ─ backward ─ optimizer ] exchange
+            accumulating:  training_step ( enter ─ forward ) ─ backward ─ leave
+manual      training_step ( enter ─ forward ─ backward ─ step [ optimizer ] exchange ─ enter ─ forward ... ─ leave )
+
+Outside of the brackets the parameters hold the common model ``x``; with ``sync_every`` > 1, between exchanges, ``z``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_distopt.data_parallel import UpdateSync
+from lightning_distopt.data_parallel.replicas import broadcast_
+from lightning_distopt.strategies.compat import backward_is_skipped
+
+if TYPE_CHECKING:
+    from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+
+__all__ = ["LocalSteps"]
+
+
+class LocalSteps:
+    """Drives one rank's engine through the steps of a fit.
+
+    Args:
+        strategy: whose optimizers and module are trained.
+        sync: the engine.
+        send_buffers: broadcast rank 0's buffers when a round begins, as ``ddp`` does.
+    """
+
+    def __init__(self, strategy: CompressedDDPStrategy, sync: UpdateSync, send_buffers: bool) -> None:
+        self.sync = sync
+        self._strategy = strategy
+        self._send_buffers = send_buffers
+        self._members: list[tuple[int, int, bool]] = []
+        self._buffers_due = True
+        self._in_training_step = False
+        self._stepping = False
+        self._bare: Optimizer | None = None
+        self._norms_ahead: Tensor | None = None
+        self._warned = False
+        # `self.optimizers(use_pl_optimizer=False)` steps without passing through Lightning, and its steps count, too.
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before_bare_step),
+            register_optimizer_step_post_hook(self._after_bare_step),
+        ]
+
+    def close(self) -> None:
+        """Stop watching optimizers; the parameters hold the common model."""
+        for hook in self._hooks:
+            hook.remove()
+        self.sync.restore()
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, run: Callable[[], Any]) -> Any:
+        """Take the forward of one batch (in manual optimization all that it does) at ``y``."""
+        if backward_is_skipped(self._module.trainer):
+            output = run()
+            if self._stepping:  # the last batch of the pass: Lightning steps once more, with the gradients of before
+                self.sync.enter()
+            return output
+        self._track()
+        if self._buffers_due:
+            self._strategy.meter.dense_bytes += self.broadcast_buffers("buffers")  # ddp sends them too
+            self._buffers_due = False
+        self.sync.enter()
+        self._in_training_step = True
+        try:
+            output = run()
+        finally:
+            self._in_training_step = False
+        if not self._module.automatic_optimization:
+            self._warn_of_edits()
+            self.sync.leave()  # backward and steps are over; else they follow
+        return output
+
+    def after_backward(self) -> None:
+        """Come back to ``x`` after a micro-batch that no optimizer's step contains."""
+        if self._module.automatic_optimization and not self._stepping:
+            self.sync.leave()
+
+    def optimizer_step(self, optimizer: Optimizer, run: Callable[[], Any]) -> Any:
+        """Step an optimizer and exchange what it did."""
+        number = self._number_of(optimizer)
+        if number is None:
+            raise ValueError(
+                f"`optimizer_step` got a {type(optimizer).__name__} that is none of the strategy's "
+                f"{len(self._strategy.optimizers)} optimizers. Return every optimizer from `configure_optimizers`."
+            )
+        self._begin()
+        output = run()
+        self._end(number)
+        return output
+
+    def _before_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._stepping and self._number_of(optimizer) is not None:
+            self._begin()
+            self._bare = optimizer
+
+    def _after_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        number = self._number_of(optimizer)
+        if self._bare is optimizer and number is not None:
+            self._bare = None
+            self._end(number)
+
+    def _begin(self) -> None:
+        if not self._module.automatic_optimization:
+            self._warn_of_edits()
+            self.sync.enter()  # outside of training_step: the gradients were taken at y
+        self._stepping = True
+
+    def _end(self, number: int) -> None:
+        self._stepping = False
+        if self.sync.exchange(number):
+            self._buffers_due = True
+        if self._in_training_step and not self._module.automatic_optimization:
+            self.sync.enter()  # more forwards may follow in this training_step
+            self._norms_ahead = self._norms()
+
+    # ---- what takes part --------------------------------------------------------------------------------------------
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        module = self._strategy.lightning_module
+        assert module is not None
+        return module
+
+    def _number_of(self, optimizer: Optimizer) -> int | None:
+        return next((number for number, known in enumerate(self._strategy.optimizers) if known is optimizer), None)
+
+    def _track(self) -> None:
+        """Tell the engine which parameters take part: trainable ones that some optimizer steps."""
+        members = [
+            (number, id(parameter), parameter.requires_grad)
+            for number, optimizer in enumerate(self._strategy.optimizers)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+        if members == self._members:  # collecting names takes milliseconds in a deep model
+            return
+        self._members = members
+        owners: dict[Parameter, tuple[int, ...]] = {}
+        for number, optimizer in enumerate(self._strategy.optimizers):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    owners[parameter] = (*owners.get(parameter, ()), number)
+        named = {n: p for n, p in self._module.named_parameters() if p.requires_grad and p in owners}
+        self.sync.track(named, {name: owners[parameter] for name, parameter in named.items()})
+
+    # ---- the common model -------------------------------------------------------------------------------------------
+
+    def show_common(self) -> None:
+        """Let every rank hold rank 0's buffers and the common model, to validate it."""
+        self.sync.show_common()
+        self.broadcast_buffers("validation")
+
+    def finish(self) -> None:
+        """End rounds early, so that the common model has every step in it."""
+        self.sync.flush()
+        self.broadcast_buffers("validation")
+
+    def broadcast_buffers(self, purpose: str) -> int:
+        """Overwrite the module's buffers by rank 0's; return the bytes that this rank sent."""
+        return broadcast_(self._module.buffers(), self._strategy.meter, purpose) if self._send_buffers else 0
+
+    # ---- edits that would be lost -----------------------------------------------------------------------------------
+
+    def _norms(self) -> Tensor | None:
+        """Return the norm of every parameter at ``y``; ``None`` where :meth:`UpdateSync.leave` would not drop ``y``."""
+        params = [param for bucket in self.sync.buckets for param in bucket.data]
+        if self._warned or not params or self.sync.config.sync_every > 1:
+            return None
+        return torch.stack([norm.double() for norm in torch._foreach_norm(params)])
+
+    def _warn_of_edits(self) -> None:
+        before, self._norms_ahead = self._norms_ahead, None
+        now = None if before is None else self._norms()
+        if before is None or now is None or torch.equal(before, now):
+            return
+        self._warned = True
+        rank_zero_warn(
+            "`training_step` changed parameters after an optimizer's step. With error feedback they hold `x - e` there, "
+            "which is dropped at the end of `training_step`, and the change with it. Change parameters in "
+            "`on_train_batch_end`, where they hold the common model."
+        )

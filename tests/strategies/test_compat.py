@@ -1,0 +1,142 @@
+"""Every private name that we touch is in the table of `compat.py`, does what we need, and has a test here."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+import lightning_distopt
+from lightning_distopt.strategies import compat
+from tests.strategies.fits import At, compressed, fit, trainer
+from tests.strategies.models import Net
+
+PACKAGE = Path(lightning_distopt.__file__).parent
+LISTED = set(re.findall(r"^``([\w.]+)``", compat.__doc__, re.MULTILINE))
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def private_accesses() -> dict[str, str]:
+    """Return ``name -> file`` of private attributes that the package reads on objects that are not its own."""
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    defined: set[str] = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+    theirs = set(dir(DDPStrategy())) | set(vars(DDPStrategy()))
+    found = {}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            name = getattr(node, "attr", getattr(node, "name", ""))
+            if not isinstance(name, str) or not name.startswith("_") or name.startswith("__") or name == "_asdict":
+                continue  # public names; a named tuple's method is one of them
+            of_a_strategy = path.name == "compressed_ddp.py" and name in theirs
+            if of_a_strategy or (isinstance(node, ast.Attribute) and name not in defined):
+                found[name] = path.name
+    return found
+
+
+def test_the_table_is_complete_and_has_no_more_than_that() -> None:
+    touched = private_accesses()
+    listed = {part for name in LISTED for part in name.split(".") if part.startswith("_") and not part[1].isupper()}
+    tests_only = {"_get_ddp_logging_data", "_ddp_kwargs", "_timeout", "_start_method"}
+    assert set(touched) == listed - tests_only, touched
+
+
+def test_every_name_of_the_table_has_a_test() -> None:
+    mine = Path(__file__).read_text()
+    for name in LISTED:
+        assert f"``{name}``" in mine, name
+
+
+# --- its rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressor", ["bf16", "topk:0.1"])
+def test_the_hook_is_attached_on_a_cpu_too(compressor: str) -> None:
+    """``DDPStrategy._register_ddp_hooks`` and ``DistributedDataParallel._get_ddp_logging_data``."""
+    assert callable(DDPStrategy._register_ddp_hooks)
+
+    def check(trainer: Trainer, module: Net) -> None:
+        assert isinstance(trainer.strategy.model, DistributedDataParallel)
+        assert trainer.strategy.model._get_ddp_logging_data()["comm_hook"] == "_hook"
+        assert trainer.strategy.gradient_sync.rounds == trainer.global_step == 4
+
+    fit(Net(), compressed(compressor=compressor, error_feedback="none"), 4, callbacks=[At(train_end=check)])
+
+
+def test_with_error_feedback_there_is_no_wrapper() -> None:
+    def check(trainer: Trainer, module: Net) -> None:
+        assert trainer.strategy.model is module
+        assert trainer.strategy.gradient_sync is None
+
+    fit(Net(), compressed(), 2, callbacks=[At(train_end=check)])
+
+
+def test_the_precision_goes_through_our_setter() -> None:
+    """``Strategy._precision_plugin``."""
+    strategy = trainer("compressed_ddp_fork", precision="bf16-mixed").strategy
+    assert isinstance(strategy.precision_plugin, MixedPrecision)
+    assert strategy._precision_plugin is strategy.precision_plugin
+    other = Precision()
+    strategy.precision_plugin = other
+    assert strategy.precision_plugin is other
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loggers_write_every_so_many_batches_that_stepped(accumulate: int) -> None:
+    """``Trainer._logger_connector.should_update_logs``."""
+    written: list[bool] = []
+
+    def see(trainer: Trainer, module: Net) -> None:
+        written.append(compat.loggers_write_now(trainer))
+
+    def check(trainer: Trainer, module: Net) -> None:
+        assert written == ([False, False, True] if accumulate == 1 else [False, False, False, False, True, True]) * 2
+
+    hooks = At(train_batch_end=see, train_end=check)
+    fit(Net(batches=12), "ddp_fork", 6, accumulate_grad_batches=accumulate, log_every_n_steps=3, callbacks=[hooks])
+
+
+def test_the_pass_of_swa_is_known() -> None:
+    """``Trainer.fit_loop._skip_backward``."""
+    skipped: list[bool] = []
+
+    def see(trainer: Trainer, module: Net) -> None:
+        skipped.append(compat.backward_is_skipped(trainer))
+
+    def check(trainer: Trainer, module: Net) -> None:
+        assert skipped == [False] * 2 + [True]
+
+    swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1)
+    fit(Net(batches=1), "ddp_fork", steps=-1, max_epochs=2, callbacks=[swa, At(train_batch_end=see, fit_end=check)])
+
+
+def test_norms_of_all_parameters_in_one_call() -> None:
+    """``torch._foreach_norm``."""
+    tensors = [torch.tensor([3.0, 4.0]), torch.tensor([[float("nan")]]), torch.tensor(2.0, dtype=torch.bfloat16)]
+    assert [float(norm) for norm in torch._foreach_norm(tensors)[::2]] == [5.0, 2.0]
+    norms = torch._foreach_norm(tensors, float("inf"))
+    assert [float(norm) for norm in norms[::2]] == [4.0, 2.0]
+    assert norms[1].isnan()
+
+
+def test_what_our_tests_look_at() -> None:
+    """``DDPStrategy._ddp_kwargs``, ``DDPStrategy._timeout`` and ``_MultiProcessingLauncher._start_method``."""
+    strategy = compressed(find_unused_parameters=True)
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
+    assert strategy._timeout == DDPStrategy()._timeout
+    assert trainer(strategy).strategy.launcher._start_method == "fork"

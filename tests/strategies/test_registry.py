@@ -1,0 +1,97 @@
+"""Names for `Trainer(strategy=...)`: registered by the import, once, in lower case, listed as data."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+
+import lightning_distopt
+from lightning_distopt import CompressedDDPStrategy, list_strategies, register
+
+NAMES = {
+    "compressed_ddp": "popen",
+    "compressed_ddp_spawn": "spawn",
+    "compressed_ddp_fork": "fork",
+    "compressed_ddp_notebook": "fork",
+}
+QUIET = {"accelerator": "cpu", "devices": 2, "logger": False}
+
+
+@pytest.mark.parametrize(("name", "start_method"), NAMES.items())
+def test_a_name_gives_the_class_and_its_launcher(name: str, start_method: str) -> None:
+    entry = StrategyRegistry[name]
+    assert entry["strategy"] is CompressedDDPStrategy
+    assert entry["init_params"] == {"start_method": start_method}
+    strategy = Trainer(strategy=name, **QUIET).strategy
+    assert type(strategy) is CompressedDDPStrategy
+    assert isinstance(strategy, DDPStrategy)
+    launcher = strategy.launcher
+    assert getattr(launcher, "_start_method", "popen") == start_method
+    assert launcher.is_interactive_compatible is (start_method == "fork")
+
+
+def test_upper_case_works_as_with_lightnings_own_names() -> None:
+    assert type(Trainer(strategy="Compressed_DDP_fork", **QUIET).strategy) is CompressedDDPStrategy
+
+
+def test_each_trainer_gets_an_object_of_its_own() -> None:
+    first, second = (Trainer(strategy="compressed_ddp_fork", **QUIET).strategy for _ in range(2))
+    assert first is not second
+    assert first.meter is not second.meter
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = dict(StrategyRegistry)
+    register()
+    register()
+    CompressedDDPStrategy.register_strategies(StrategyRegistry)
+    assert dict(StrategyRegistry) == before
+
+
+def test_the_package_reloads() -> None:
+    before = dict(StrategyRegistry)
+    importlib.reload(lightning_distopt)
+    assert dict(StrategyRegistry) == before
+
+
+def test_names_go_into_any_registry_as_lightning_asks() -> None:
+    registry = _StrategyRegistry()
+    CompressedDDPStrategy.register_strategies(registry)
+    assert sorted(registry.available_strategies()) == sorted(NAMES)
+    assert type(registry.get("compressed_ddp_fork")) is CompressedDDPStrategy
+
+
+def test_records_describe_every_name() -> None:
+    records = list_strategies()
+    assert {record.name for record in records} == set(NAMES)
+    for record in records:
+        assert record.name == record.name.lower()
+        assert record.paper == "arXiv:2008.05823"
+        assert 10 < len(record.description) < 100
+        assert "\n" not in record.description
+        assert StrategyRegistry[record.name]["description"] == record.description
+
+
+def test_printing_shows_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    print(list_strategies())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(NAMES)
+    assert len({line.index("arXiv") for line in lines}) == 1  # aligned
+
+
+def test_a_forgotten_import_is_lightnings_error() -> None:
+    # quoted with its cure in the README
+    script = "from lightning.pytorch import Trainer; Trainer(strategy='compressed_ddp', accelerator='cpu', devices=2)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    said = " ".join(done.stderr.split())
+    assert (
+        "ValueError: You selected an invalid strategy name: `strategy='compressed_ddp'`. It must be either a string or an "
+        "instance of `lightning.pytorch.strategies.Strategy`. Example choices: auto, ddp, ddp_spawn, deepspeed, ..."
+    ) in said
