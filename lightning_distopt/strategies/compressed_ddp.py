@@ -38,10 +38,6 @@ ErrorFeedback = Literal["step_ahead", "local", "none"]
 ExchangeChoice = Literal["auto", "all_reduce", "all_gather", "sharded_server"]
 Scope = Literal["tensor", "model"]
 
-# Top-k sends the same coordinates often, and averaging keeps the rest together; scaled sign does without.
-# Chosen by measurement: docs/compressed_ddp.md, "How the defaults were chosen".
-_AVERAGING_PERIOD = {"TopK": 20}
-
 
 class CompressedDDPStrategy(DDPStrategy):
     """Data parallel training that sends compressed updates instead of gradients.
@@ -55,6 +51,9 @@ class CompressedDDPStrategy(DDPStrategy):
     local instead of averaged gradients, so they differ from ``ddp`` even uncompressed. ``error_feedback="none"``
     compresses gradients inside backward instead, and the optimizer sees their average, as with ``ddp``.
 
+    In manual optimization every optimizer's step is followed by an exchange of its parameters. To change parameters by
+    hand, do it in ``on_train_batch_end``: after a step inside of ``training_step`` the change would be lost (with a warning).
+
     Memory a rank, beyond ``ddp``'s parameters, gradients and optimizer: two copies of the parameters (``x`` during a
     step, and ``e``), ``1 / W`` copy (sharded server) or one (server compression elsewhere), and two buckets; less the
     gradient buckets of ``ddp``, which are not needed.
@@ -66,20 +65,21 @@ class CompressedDDPStrategy(DDPStrategy):
             feedback), or "none" (compress gradients, forget what is left out: for unbiased or 16-bit compressors).
         coefficient: share of the residual that is stepped ahead, in [0, 1]; ``None`` is 1 for "step_ahead", 0 for
             "local". 0.3 is DEF, 0.85 SA-PEF.
-        averaging_period: average the residuals over ranks, uncompressed, every this many steps; costs
-            ``1 / averaging_period`` of ``ddp``'s bytes; 0 never, ``None`` 20 for top-k and 0 for the others.
+        averaging_period: average the residuals over ranks, uncompressed, every this many steps; 0 is never.
+            Costs ``1 / averaging_period`` of ``ddp``'s bytes. arXiv:2008.05823 uses 20 with top-k.
         server_compression: compress the average again, with a residual of its own; ``None`` is true for
             "sharded_server" (where it halves the bytes) and false otherwise (where it would save none).
         exchange: "all_reduce" (payloads that can be summed), "all_gather" (bytes grow with the ranks), "sharded_server"
             (about two payloads a rank on any number of ranks), or "auto": the first that fits, all-gather up to 8 ranks.
         dense_steps: optimizer steps at the start that send everything, at least 0.
-        sync_every: local optimizer steps between exchanges, at least 1; divides all bytes by it.
+        sync_every: local optimizer steps between exchanges, at least 1; divides all bytes by it. Between exchanges each rank
+            holds parameters of its own, so callbacks that average weights need 1.
         scope: "tensor" compresses each parameter by itself; "model" all of them as one vector (one scale for "sign", as
             in arXiv:2008.05823), which needs one bucket of the model's size.
         bucket_mb: megabytes compressed while the bucket before is on the network, above 0; a larger parameter is a
             bucket of its own. More buckets overlap better, fewer cost less latency.
-        strict_sidecars: raise an error, instead of a warning, where a rank's file beside a checkpoint is missing or
-            unreadable; its residual would be lost.
+        strict_sidecars: raise an error on all ranks, instead of a warning, where a rank's file beside a checkpoint is
+            missing or unreadable; its residual would be lost.
         **ddp_kwargs: for ``DDPStrategy`` (``start_method``, ``timeout``, ``process_group_backend``, ...) and
             ``DistributedDataParallel``. With error feedback no gradient is sent, so ``find_unused_parameters``,
             ``static_graph``, ``gradient_as_bucket_view`` and ``bucket_cap_mb`` have nothing to act on.
@@ -104,7 +104,7 @@ class CompressedDDPStrategy(DDPStrategy):
         compressor: Compressor | str = "sign",
         error_feedback: ErrorFeedback = "step_ahead",
         coefficient: float | None = None,
-        averaging_period: int | None = None,
+        averaging_period: int = 0,
         server_compression: bool | None = None,
         exchange: ExchangeChoice = "auto",
         dense_steps: int = 0,
@@ -126,8 +126,6 @@ class CompressedDDPStrategy(DDPStrategy):
         self.strict_sidecars = flag("strict_sidecars", strict_sidecars)
         self.server_compression = None if server_compression is None else flag("server_compression", server_compression)
         self.coefficient = self._checked_coefficient(coefficient)
-        if averaging_period is None:
-            averaging_period = _AVERAGING_PERIOD.get(type(self.compressor).__name__, 0) if self.uses_residuals else 0
         self.averaging_period = count("averaging_period", averaging_period, 0)
         if self.uses_residuals:
             refuse_unless_contractive(self.compressor, self.error_feedback)

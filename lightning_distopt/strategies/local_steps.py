@@ -1,10 +1,10 @@
 """When a rank goes to ``y``, exchanges, and comes back to ``x``, in terms of Lightning's loops.
 
-automatic   step [ training_step ( enter ─ forward ) ─ backward ─ optimizer ] exchange
+automatic   step ( enter ─ training_step ( forward ) ─ backward ─ optimizer ─ exchange )
             accumulating:  training_step ( enter ─ forward ) ─ backward ─ leave
-manual      training_step ( enter ─ forward ─ backward ─ step [ optimizer ] exchange ─ enter ─ forward ... ─ leave )
+manual      training_step ( enter ─ forward ─ backward ─ step ( optimizer ─ exchange ) ─ enter ─ forward ... ─ leave )
 
-Outside of the brackets the parameters hold the common model ``x``; with ``sync_every`` > 1, between exchanges, ``z``.
+Before and after these lines the parameters hold the common model ``x``; with ``sync_every`` > 1, inside a round, ``z``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LocalSteps:
         self.sync = sync
         self._strategy = strategy
         self._send_buffers = send_buffers
-        self._members: list[tuple[int, int, bool]] = []
+        self._members: list[tuple[int, int, bool]] | None = None
         self._buffers_due = True
         self._in_training_step = False
         self._stepping = False
@@ -67,8 +67,9 @@ class LocalSteps:
     def training_step(self, run: Callable[[], Any]) -> Any:
         """Take the forward of one batch (in manual optimization all that it does) at ``y``."""
         if backward_is_skipped(self._module.trainer):
+            self.sync.leave()
             output = run()
-            if self._stepping:  # the last batch of the pass: Lightning steps once more, with the gradients of before
+            if self._stepping:  # after the last batch Lightning steps once more, with the gradients of before
                 self.sync.enter()
             return output
         self._track()
@@ -116,9 +117,9 @@ class LocalSteps:
             self._end(number)
 
     def _begin(self) -> None:
-        if not self._module.automatic_optimization:
-            self._warn_of_edits()
-            self.sync.enter()  # outside of training_step: the gradients were taken at y
+        self._warn_of_edits()
+        self._track()
+        self.sync.enter()  # the gradients were, or will be, taken at y
         self._stepping = True
 
     def _end(self, number: int) -> None:

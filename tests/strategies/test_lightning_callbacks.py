@@ -13,12 +13,15 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_distopt import CompressedDDPStrategy
+from tests.ranks import run_ranks
 from tests.strategies.fits import Agree, At, assert_same_on_all_ranks, compressed, distance, fit, flat, gathered
 from tests.strategies.models import Net
 
@@ -185,6 +188,32 @@ def test_a_checkpoint_inside_of_training_step_holds_x(tmp_path: Path) -> None:
 
     ours = fit(Saving(), compressed(), 5)
     assert distance(ours, fit(Net(), compressed(), 5)) == 0
+
+
+def test_a_checkpoint_of_an_exception_inside_of_a_step_holds_x(tmp_path: Path) -> None:
+    class Failing(Net):
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.common = {name: p.detach().clone() for name, p in self.named_parameters()}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.trainer.global_step == 3:
+                assert not torch.equal(self.net[0].weight, self.common["net.0.weight"])
+                raise KeyError("a mistake in training_step")
+            return super().training_step(batch, batch_idx)
+
+    def one_process(rank: int, world: int) -> None:
+        module = Failing()
+        callback = OnExceptionCheckpoint(tmp_path, "exception")
+        strategy = CompressedDDPStrategy("topk:0.1")
+        with pytest.raises(KeyError, match="a mistake"):
+            fit(module, strategy, devices=1, callbacks=[callback])
+        saved = torch.load(tmp_path / "exception.ckpt", weights_only=True)["state_dict"]
+        for name, parameter in module.named_parameters():
+            assert torch.equal(saved[name], module.common[name])
+            assert torch.equal(parameter, module.common[name])
+        fit(Net(), CompressedDDPStrategy("topk:0.1", strict_sidecars=True), 6, tmp_path / "exception.ckpt", devices=1)
+
+    run_ranks(1, one_process)
 
 
 def test_the_best_checkpoint_scores_what_was_validated(tmp_path: Path) -> None:

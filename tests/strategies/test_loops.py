@@ -143,6 +143,21 @@ def test_an_optimizer_stepped_past_lightning_in_the_step_function_is_exchanged()
     assert distance(fit(Bare(), compressed(), callbacks=[Agree()]), fit(Net(), compressed())) == 0
 
 
+@pytest.mark.parametrize("past_lightning", [False, True])
+def test_a_step_function_that_steps_after_the_closure_equals_ddp(past_lightning: bool) -> None:
+    class Separate(Net):
+        def optimizer_step(
+            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+        ) -> None:
+            optimizer_closure()
+            (optimizer.optimizer if past_lightning else optimizer).step()
+
+    arguments = {"steps": -1, "max_epochs": 2}  # steps past Lightning do not count
+    ours = fit(Separate(), compressed(compressor="fp32"), callbacks=[Agree()], **arguments)
+    assert distance(ours, fit(Separate(), "ddp_fork", **arguments)) < 1e-6
+    assert distance(fit(Separate(), compressed(), callbacks=[Agree()], **arguments), fit(Net(), compressed())) == 0
+
+
 def test_an_accumulation_schedule_equals_ddp() -> None:
     def schedule() -> list[Any]:
         return [GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})]

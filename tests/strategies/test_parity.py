@@ -230,3 +230,17 @@ def test_one_rank_with_step_ahead_takes_its_gradients_where_plain_sgd_does() -> 
     fit(Seeing(optimizer=plain), "auto", 20, devices=1)
     assert len(seen) == 20
     fit(Seeing(optimizer=plain), compressed(compressor="topk:0.1", averaging_period=0), 20, devices=1)
+
+
+@pytest.mark.parametrize("flag", ["static_graph", "gradient_as_bucket_view", "find_unused_parameters"])
+def test_flags_of_ddp_act_without_error_feedback(flag: str) -> None:
+    strategy = compressed(compressor="fp32", error_feedback="none", **{flag: True})
+    assert distance(fit(Net(), strategy, 20, callbacks=[Agree()]), fit(Net(), "ddp_fork", 20)) < 1e-6
+
+
+def test_overlapping_exchanges_in_many_buckets_change_nothing() -> None:
+    whole = fit(Net(), compressed(), 6)
+    assert distance(fit(Net(), compressed(bucket_mb=1e-4), 6, callbacks=[Agree()]), whole) == 0
+    gradients = {"compressor": "sign", "error_feedback": "none"}
+    whole = fit(Net(), compressed(**gradients), 6)
+    assert distance(fit(Net(), compressed(**gradients, bucket_cap_mb=1e-4), 6, callbacks=[Agree()]), whole) == 0

@@ -62,7 +62,7 @@ def test_a_compressor_by_class_path_with_its_arguments(tmp_path: Any) -> None:
     compressor = {"class_path": "lightning_distopt.compressors.TopK", "init_args": {"ratio": 0.05}}
     strategy = from_yaml({"class_path": CLASS, "init_args": {"compressor": compressor}}, tmp_path)
     assert repr(strategy.compressor) == "TopK(ratio=0.05)"
-    assert strategy.averaging_period == 20
+    assert strategy.averaging_period == 0
 
 
 def test_every_argument_of_ours_and_some_of_ddp(tmp_path: Any) -> None:
