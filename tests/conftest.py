@@ -22,6 +22,9 @@ _ALLOWED = {
 }
 _FOREIGN = ("PYTEST_", "HYPOTHESIS_", "KMP_", "CUDA_", "TORCHINDUCTOR_", "TRITON_", "WANDB_", "LC_", "TOKENIZERS_")
 
+# Tests fork. A child inherits its parent's OpenMP pool without the threads in it, and would wait for them for ever.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
