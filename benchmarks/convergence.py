@@ -36,7 +36,7 @@ from recipes.resnet import DigitsData, ImageClassifier, ImageFolderData
 
 RESULTS = Path(__file__).parent / "results" / "convergence.csv"
 COLUMNS = (
-    "study", "method", "lr", "seed", "accuracy", "loss", "train_loss", "megabytes", "ratio", "seconds", "versions",
+    "study", "method", "lr", "seed", "accuracy", "loss", "train_loss",  "ratio", "seconds", "versions",
 )  # fmt: skip
 
 
@@ -138,7 +138,6 @@ def run(study: Study, method: str, rate: float, seed: int, folder: str | None) -
         "accuracy": metrics["val/accuracy"],
         "loss": metrics["val/loss"],
         "train_loss": metrics["train/loss"],
-        "megabytes": metrics["comm/bytes_sent_total"] / 1e6,
         "ratio": metrics["comm/compression_ratio"],
         "seconds": time.perf_counter() - start,
     }
@@ -206,8 +205,8 @@ def table(name: str) -> str:
     lines = [
         f"`{name}`",
         "",
-        "| method | best rate | accuracy, mean (lowest to highest) | validation loss | MB sent by rank 0 | ratio |",
-        "|---|---|---|---|---|---|",
+        "| method | best rate | accuracy, mean (lowest to highest) | validation loss | bytes of `ddp` / bytes sent |",
+        "|---|---|---|---|---|",
     ]
     for method in STUDIES[name].methods:
         mine = [row for row in read() if (row["study"], row["method"]) == (name, method)]
@@ -219,7 +218,7 @@ def table(name: str) -> str:
         loss = statistics.mean(float(row["loss"]) for row in rows)
         lines.append(
             f"| {method} | {rate:g} | {statistics.mean(accuracies):.2f} % ({min(accuracies):.1f} to {max(accuracies):.1f}, "
-            f"{len(rows)} seeds) | {loss:.4f} | {float(rows[0]['megabytes']):.2f} | {float(rows[0]['ratio']):.1f} |"
+            f"{len(rows)} seeds) | {loss:.4f} | {float(rows[0]['ratio']):.1f} |"
         )
     return "\n".join(lines)
 

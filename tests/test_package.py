@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lightning_distopt
 from lightning_distopt import CompressedDDPStrategy, callbacks, compressors, list_strategies
 from lightning_distopt.compressors import Compressor, Dense, Payload, RandomBlock, ScaledSign, TopK, parse
@@ -23,17 +25,43 @@ def test_the_version_is_the_projects() -> None:
     assert lightning_distopt.__version__ == version
 
 
-def test_importing_loads_no_heavy_module() -> None:
-    # measured against `import lightning.pytorch` itself, which loads what it finds installed
-    script = (
-        "import sys, lightning.pytorch; before = set(sys.modules); import lightning_distopt; "
-        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+SCRIPT = """
+import sys
+from lightning.pytorch import Trainer
+
+try:
+    Trainer(strategy="compressed_ddp", accelerator="cpu", devices=2)
+except ValueError as error:
+    print(error)
+before = set(sys.modules)
+import lightning_distopt
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+Trainer(strategy="compressed_ddp", accelerator="cpu", devices=2, logger=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What a fresh interpreter prints that first forgets to import the package, and then does not."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=110, check=True)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.timeout(120)
+def test_a_forgotten_import_is_lightnings_error(said: list[str]) -> None:
+    # the README quotes it with its cure
+    assert said[0].startswith(
+        "You selected an invalid strategy name: `strategy='compressed_ddp'`. It must be either a string or an instance of "
+        "`lightning.pytorch.strategies.Strategy`. Example choices: auto, ddp, ddp_spawn, deepspeed, ..."
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=55, check=True)
-    loaded = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.timeout(120)
+def test_importing_loads_no_heavy_module(said: list[str]) -> None:
+    # beyond what `lightning.pytorch` itself loads because it finds it installed
+    loaded = set(ast.literal_eval(said[1]))
     assert "lightning_distopt" in loaded
-    assert not loaded & set(HEAVY)
-    assert not {"rich", "jsonargparse"} & loaded
+    assert not loaded & {*HEAVY, "rich", "jsonargparse"}
 
 
 def test_every_public_name_exists() -> None:

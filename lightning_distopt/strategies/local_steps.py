@@ -118,7 +118,6 @@ class LocalSteps:
 
     def _begin(self) -> None:
         self._warn_of_edits()
-        self._track()
         self.sync.enter()  # the gradients were, or will be, taken at y
         self._stepping = True
 

@@ -64,11 +64,8 @@ def sign(v: Tensor) -> Tensor:
 
 def top(ratio: float) -> C:
     def compress(v: Tensor) -> Tensor:
-        order = sorted(range(v.numel()), key=lambda i: -abs(float(v[i])))
-        kept = torch.zeros_like(v)
-        for i in order[: max(1, int(v.numel() * ratio))]:
-            kept[i] = v[i]
-        return kept
+        largest = v.abs().argsort(descending=True, stable=True)[: max(1, int(v.numel() * ratio))]
+        return torch.zeros_like(v).index_copy(0, largest, v[largest])
 
     return compress
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_distopt.compressors import parse
 from lightning_distopt.data_parallel import UpdateSync, UpdateSyncConfig
 from lightning_distopt.exchange import Meter
-from tests.ranks import run_ranks
+from tests.data_parallel.together import together
 
 STEPS = 20
 ACCUMULATE = 2
@@ -82,23 +82,23 @@ def _both(rank: int, world: int, *method: Any) -> float:
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        ("fp32", "all_reduce", 1.0, 0),
-        ("fp32", "all_reduce", 0.0, 0),
-        ("fp32", "all_gather", 1.0, 0),
-        ("fp32", "sharded_server", 1.0, 0),
-        ("topk:1", "all_gather", 1.0, 0),
-        ("sign", "all_gather", 1.0, STEPS),  # every step is one of the dense ones
-    ],
-    ids=str,
-)
+EXACT = [
+    ("fp32", "all_reduce", 1.0, 0),
+    ("fp32", "all_reduce", 0.0, 0),
+    ("fp32", "all_gather", 1.0, 0),
+    ("fp32", "sharded_server", 1.0, 0),
+    ("topk:1", "all_gather", 1.0, 0),
+    ("sign", "all_gather", 1.0, STEPS),  # every step is one of the dense ones
+]
+LOSSY = ("sign", "all_gather", 1.0, 0)
+
+
+@pytest.mark.parametrize("method", EXACT, ids=str)
 def test_an_exchange_that_loses_nothing_is_ddp(method: tuple[Any, ...]) -> None:
     """With momentum, weight decay, a schedule and accumulation; the mean of linear steps is the step of the mean."""
     # Weights are below 4 and move 20 times; some float32 roundings each, not amplified by this smooth loss.
-    assert max(run_ranks(2, _both, *method)) < 1e-5
+    assert max(together(2, _both, [*EXACT, LOSSY], method)) < 1e-5
 
 
 def test_compression_is_not_ddp() -> None:
-    assert max(run_ranks(2, _both, "sign", "all_gather", 1.0, 0)) > 1e-3
+    assert max(together(2, _both, [*EXACT, LOSSY], LOSSY)) > 1e-3

@@ -14,6 +14,7 @@ from lightning_distopt.data_parallel.agreement import first_non_finite
 from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.exchange import Meter
 from tests.data_parallel.replica import Replica, config, flat
+from tests.data_parallel.together import together
 from tests.ranks import run_ranks
 
 Found = tuple[str, bool, bool, bool, bool]
@@ -45,29 +46,32 @@ def _fail(rank: int, world: int, where: str, value: float, changes: dict[str, An
     return message, *same, replica.sync.away
 
 
-@pytest.mark.parametrize("where", ["parameter", "gradient"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_all_ranks_raise_the_same_error_that_names_rank_step_and_parameter(where: str, value: float) -> None:
-    messages = [message for message, *_ in run_ranks(3, _fail, where, value, {})]
+VALUES = [float("nan"), float("inf"), -float("inf")]
+BAD = [(where, value, {}) for where in ("parameter", "gradient") for value in VALUES]
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: f"{case[1]} in a {case[0]}")
+def test_all_ranks_raise_the_same_error_that_names_rank_step_and_parameter(case: tuple[Any, ...]) -> None:
+    messages = [message for message, *_ in together(3, _fail, BAD, case)]
     assert messages[0].startswith("Parameter `v` got a NaN or an infinity on rank 1 in step 4, and all 3 ranks stopped")
     assert messages == messages[:1] * 3
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"sync_every": 3},
-        {"server_compression": True},
-        {"exchange": "sharded_server", "server_compression": True},
-        {"compressor": "bf16", "exchange": "all_reduce"},
-        {"dense_steps": 99},
-        {"scope": "model", "bucket_bytes": 1},
-    ],
-    ids=str,
-)
+METHODS: list[dict[str, Any]] = [
+    {},
+    {"sync_every": 3},
+    {"server_compression": True},
+    {"exchange": "sharded_server", "server_compression": True},
+    {"compressor": "bf16", "exchange": "all_reduce"},
+    {"dense_steps": 99},
+    {"scope": "model", "bucket_bytes": 1},
+]
+
+
+@pytest.mark.parametrize("changes", METHODS, ids=str)
 def test_nothing_has_entered_a_residual_and_the_parameters_hold_the_common_model(changes: dict[str, Any]) -> None:
-    for message, x, e, s, away in run_ranks(2, _fail, "gradient", float("nan"), changes):
+    cases = [("gradient", VALUES[0], other) for other in METHODS]
+    for message, x, e, s, away in together(2, _fail, cases, ("gradient", VALUES[0], changes)):
         assert "`v` got a NaN" in message
         assert (x, e, s, away) == (True, True, True, False)
 

@@ -19,6 +19,7 @@ from lightning_distopt.data_parallel import GradientSync
 from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.exchange import Meter
 from tests.data_parallel.reference import C, on_spans, server_spans, sign, spans_of, top
+from tests.data_parallel.together import together
 from tests.ranks import run_ranks
 
 ONE_EACH = 1e-5  # megabytes: every parameter is a bucket of its own
@@ -221,19 +222,21 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_training_equals_the_slow_reference_and_all_ranks_agree(case: Case) -> None:
-    for worst, equal, _ in run_ranks(2, train, case):
+    for worst, equal, _ in together(2, train, [(other,) for other in CASES], (case,)):
         assert equal, "bit for bit, after every step"
         # Sums in another order; Dense("float32") sends float32. Steps below 1 are added to weights below 1.
         assert worst < (1e-12 if case.dtype is torch.float64 and not case.dense_steps else 1e-6)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [Case("topk:0.1", bucket_cap_mb=ONE_EACH), Case(exchange="sharded_server", server=True, bucket_cap_mb=ONE_EACH)],
-    ids=lambda case: case.name,
-)
+ON_FOUR = [
+    Case("topk:0.1", bucket_cap_mb=ONE_EACH),
+    Case(exchange="sharded_server", server=True, bucket_cap_mb=ONE_EACH),
+]
+
+
+@pytest.mark.parametrize("case", ON_FOUR, ids=[case.name for case in ON_FOUR])
 def test_four_ranks_equal_the_slow_reference_too(case: Case) -> None:
-    for worst, equal, _ in run_ranks(4, train, case):
+    for worst, equal, _ in together(4, train, [(other,) for other in ON_FOUR], (case,)):
         assert equal
         assert worst < 1e-12
 
@@ -262,7 +265,8 @@ def _beside_plain_ddp(rank: int, world: int) -> float:
 
 def test_results_survive_the_rebuild_of_buckets() -> None:
     """DDP sorts its buckets anew after the first backward; keys of randomness go by parameter, not by bucket."""
-    worst, equal, counts = run_ranks(2, train, Case("random_block:0.2", "all_reduce"))[0]
+    case = Case("random_block:0.2", "all_reduce")
+    worst, equal, counts = together(2, train, [(other,) for other in CASES], (case,))[0]
     first, second, *others = counts.layouts[:-1]
     assert first != second
     assert all(other == second for other in others)
@@ -271,7 +275,8 @@ def test_results_survive_the_rebuild_of_buckets() -> None:
 
 
 def test_nothing_is_exchanged_while_gradients_accumulate() -> None:
-    _, _, counts = run_ranks(2, train, Case(accumulate=3))[0]
+    case = Case("topk:0.1", accumulate=3)
+    _, _, counts = together(2, train, [(other,) for other in CASES], (case,))[0]
     assert counts.rounds == 8
     assert counts.meter.steps == 8
 
@@ -279,8 +284,8 @@ def test_nothing_is_exchanged_while_gradients_accumulate() -> None:
 @pytest.mark.parametrize(
     ("world", "case"),
     [
-        (2, Case(layers=26, steps=100, bucket_cap_mb=ONE_EACH)),
-        (2, Case("topk:0.1", "sharded_server", layers=26, steps=30, bucket_cap_mb=ONE_EACH)),
+        (2, Case(layers=26, steps=40, bucket_cap_mb=ONE_EACH)),
+        (2, Case("topk:0.1", "sharded_server", layers=26, steps=12, bucket_cap_mb=ONE_EACH)),
         pytest.param(4, Case(layers=26, steps=300, bucket_cap_mb=ONE_EACH), marks=pytest.mark.slow),
         pytest.param(
             4,
@@ -329,9 +334,9 @@ def test_bytes_are_those_of_the_payloads() -> None:
 
 
 def test_ddp_would_have_sent_all_gradients_on_a_ring() -> None:
-    for _, _, counts in run_ranks(2, train, Case(steps=4)):
-        assert counts.meter.dense_bytes == 4 * 8 * sum(p.numel() for p in Net().parameters())
-        assert counts.meter.steps == 4
+    for _, _, counts in together(2, train, [(other,) for other in CASES], (Case(),)):
+        assert counts.meter.dense_bytes == 8 * 8 * sum(p.numel() for p in Net().parameters())
+        assert counts.meter.steps == 8
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------
@@ -356,10 +361,10 @@ def _fail(rank: int, world: int, case: Case, value: float) -> tuple[str, bool]:
     return "no error", False
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    "case",
-    [
+FAILING = [
+    (case, value)
+    for value in (float("nan"), float("inf"))
+    for case in (
         Case(),
         Case(exchange="sharded_server", server=True),
         Case("topk:0.1"),
@@ -367,11 +372,13 @@ def _fail(rank: int, world: int, case: Case, value: float) -> tuple[str, bool]:
         Case("bf16", "all_reduce"),
         Case(dense_steps=9),
         Case(bucket_cap_mb=ONE_EACH),
-    ],
-    ids=lambda case: case.name,
-)
-def test_all_ranks_raise_the_same_error_that_names_rank_step_and_parameter(case: Case, value: float) -> None:
-    messages = run_ranks(3, _fail, case, value)
+    )
+]
+
+
+@pytest.mark.parametrize("failing", FAILING, ids=[f"{value} {case.name}" for case, value in FAILING])
+def test_all_ranks_raise_the_same_error_that_names_rank_step_and_parameter(failing: tuple[Case, float]) -> None:
+    messages = together(3, _fail, FAILING, failing)
     assert messages == messages[:1] * 3
     assert messages[0][0].startswith("In step 3 the gradient of `layers.2.weight` holds a NaN or an infinity on rank 1")
     assert messages[0][1], "the parameters are those before the step"

@@ -17,6 +17,7 @@ from lightning_distopt.data_parallel.buckets import make_buckets
 from lightning_distopt.data_parallel.exchanges import choose_exchange, make_exchange
 from lightning_distopt.exchange import Meter
 from tests.data_parallel.replica import SHAPES, SIZES, Replica, config, flat
+from tests.data_parallel.together import together
 from tests.ranks import run_ranks
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -56,7 +57,8 @@ def _in_dtype(rank: int, world: int, dtype: torch.dtype, method: dict[str, Any])
 @methods
 @dtypes
 def test_training_works_in_every_dtype(dtype: torch.dtype, method: dict[str, Any]) -> None:
-    for equal, progress, kept in run_ranks(2, _in_dtype, dtype, method):
+    cases = [(d, m) for d in DTYPES for m in METHODS]
+    for equal, progress, kept in together(2, _in_dtype, cases, (dtype, method)):
         assert equal, "the same bits on all ranks after every step"
         assert progress < 0.8, "of the loss is left after 15 steps"
         assert kept is dtype
@@ -103,7 +105,7 @@ def _odd(rank: int, world: int, method: dict[str, Any]) -> tuple[bool, list[floa
 
 @methods
 def test_empty_and_0_d_parameters_of_several_dtypes_train_together(method: dict[str, Any]) -> None:
-    for equal, moved, numels in run_ranks(2, _odd, method):
+    for equal, moved, numels in together(2, _odd, [(m,) for m in METHODS], (method,)):
         assert equal
         # 10 steps of 0.15 in the mean; what is not there yet is in a residual
         assert all(0.5 < distance < 3.0 for distance in moved), moved
@@ -156,19 +158,19 @@ def _optimizer_run(rank: int, world: int, make: Callable[..., torch.optim.Optimi
     )
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: torch.optim.Adam(p, lr=0.1),
-        lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, fused=True),
-        lambda p: torch.optim.RMSprop(p, lr=0.05),
-        lambda p: torch.optim.Adagrad(p, lr=0.3),
-    ],
-    ids=["Adam", "AdamW foreach", "SGD fused", "RMSprop", "Adagrad"],
-)
-def test_any_optimizer_trains_and_keeps_the_auxiliary_point(make: Callable[..., torch.optim.Optimizer]) -> None:
-    for equal, progress, deviation in run_ranks(2, _optimizer_run, make):
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, fused=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.05),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_trains_and_keeps_the_auxiliary_point(name: str) -> None:
+    cases = [(make,) for make in OPTIMIZERS.values()]
+    for equal, progress, deviation in together(2, _optimizer_run, cases, (OPTIMIZERS[name],)):
         assert equal
         assert progress < 0.5
         assert float(deviation) < 1e-12
@@ -205,19 +207,19 @@ def _buckets(rank: int, world: int, bucket_bytes: float, method: dict[str, Any])
     return len(replica.sync.buckets), flat(replica.params), replica.e
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        {},
-        {"compressor": "topk:0.1", "server_compression": True},
-        {"compressor": "topk:0.1", "exchange": "sharded_server"},
-        {"compressor": "random_block:0.1", "exchange": "all_reduce"},  # the sum of two is the same in any order
-        {"compressor": "bf16", "exchange": "all_gather"},
-    ],
-    ids=str,
-)
+CUT: list[dict[str, Any]] = [
+    {},
+    {"compressor": "topk:0.1", "server_compression": True},
+    {"compressor": "topk:0.1", "exchange": "sharded_server"},
+    {"compressor": "random_block:0.1", "exchange": "all_reduce"},  # the sum of two is the same in any order
+    {"compressor": "bf16", "exchange": "all_gather"},
+]
+
+
+@pytest.mark.parametrize("method", CUT, ids=str)
 def test_the_size_of_buckets_does_not_change_a_bit(method: dict[str, Any]) -> None:
-    runs = [run_ranks(2, _buckets, size, method) for size in (1, 400, 1e9)]
+    cases = [(size, m) for size in (1, 400, 1e9) for m in CUT]
+    runs = [together(2, _buckets, cases, (size, method)) for size in (1, 400, 1e9)]
     assert [run[0][0] for run in runs] == [4, 2, 1]
     for run in runs[1:]:
         for rank in range(2):

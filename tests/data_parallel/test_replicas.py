@@ -10,6 +10,7 @@ from lightning_distopt.data_parallel.agreement import Agreement, agree
 from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.errors import RankMismatchError
 from lightning_distopt.exchange import Meter
+from tests.data_parallel.together import together
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -67,22 +68,17 @@ def _check(rank: int, world: int, lines: list[list[str]], doing: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    ("lines", "doing", "expected"),
-    [
-        ([["a", "b"]] * 3, "", ""),
-        (
-            [["a", "b"], ["a"], ["a", "b"]],
-            "",
-            r"ranks [1] differ from rank 0 (number of parameters by rank: [2, 1, 2])",
-        ),
-        ([["a", "b"], ["b", "a"], ["c", "a"]], "", r"ranks [1, 2] differ from rank 0"),
-        ([["a"]] * 3, "something else", r"ranks [2] differ from rank 0 (number of parameters by rank: [1, 1, 1])"),
-    ],
-    ids=["alike", "fewer", "other order", "about to do something else"],
-)
-def test_ranks_that_differ_are_named_on_all_ranks(lines: list[list[str]], doing: str, expected: str) -> None:
-    messages = run_ranks(3, _check, lines, doing)
+ALIKE: dict[str, tuple[list[list[str]], str]] = {
+    "": ([["a", "b"]] * 3, ""),
+    "ranks [1] differ from rank 0 (number of parameters by rank: [2, 1, 2])": ([["a", "b"], ["a"], ["a", "b"]], ""),
+    "ranks [1, 2] differ from rank 0": ([["a", "b"], ["b", "a"], ["c", "a"]], ""),
+    "ranks [2] differ from rank 0 (number of parameters by rank: [1, 1, 1])": ([["a"]] * 3, "something else"),
+}
+
+
+@pytest.mark.parametrize("expected", ALIKE)
+def test_ranks_that_differ_are_named_on_all_ranks(expected: str) -> None:
+    messages = together(3, _check, list(ALIKE.values()), ALIKE[expected])
     assert messages == messages[:1] * 3
     assert expected in messages[0]
     assert bool(messages[0]) == bool(expected)
@@ -93,20 +89,21 @@ def _agree(rank: int, world: int, given: list[tuple[int, int | None, bool]]) -> 
     return agree(*given[rank], meter, CPU), dict(meter.sent)
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ([(7, None, False)] * 3, Agreement(True, None, False)),
-        ([(7, None, False), (8, None, False), (7, None, False)], Agreement(False, None, False)),
-        ([(0, None, False), (0, None, True), (0, None, False)], Agreement(True, None, True)),
-        ([(7, 0, False), (7, None, False), (7, None, False)], Agreement(True, (0, 0), False)),
-        ([(7, None, False), (7, 5, False), (7, None, False)], Agreement(True, (1, 5), False)),
-        ([(7, None, False), (7, 5, False), (7, 3, False)], Agreement(True, (1, 5), False)),
-        ([(2**32 - 1, None, False)] * 3, Agreement(True, None, False)),
-    ],
-)
+AGREED: list[tuple[list[tuple[int, int | None, bool]], Agreement]] = [
+    ([(7, None, False)] * 3, Agreement(True, None, False)),
+    ([(7, None, False), (8, None, False), (7, None, False)], Agreement(False, None, False)),
+    ([(0, None, False), (0, None, True), (0, None, False)], Agreement(True, None, True)),
+    ([(7, 0, False), (7, None, False), (7, None, False)], Agreement(True, (0, 0), False)),
+    ([(7, None, False), (7, 5, False), (7, None, False)], Agreement(True, (1, 5), False)),
+    ([(7, None, False), (7, 5, False), (7, 3, False)], Agreement(True, (1, 5), False)),
+    ([(2**32 - 1, None, False)] * 3, Agreement(True, None, False)),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), AGREED)
 def test_all_ranks_know_the_same_after_agreeing(given: Any, expected: Agreement) -> None:
-    assert [agreement for agreement, _ in run_ranks(3, _agree, given)] == [expected] * 3
+    ranks = together(3, _agree, [(g,) for g, _ in AGREED], (given,))
+    assert [agreement for agreement, _ in ranks] == [expected] * 3
 
 
 def test_agreeing_takes_32_bytes_of_flags() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_distopt.data_parallel.merge import merge_states
 from tests.data_parallel.replica import NAMES, Replica, by_name, config, flat, pieces
+from tests.data_parallel.together import together
 from tests.ranks import run_ranks
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -65,12 +67,12 @@ def alike(a: Replica, b: Replica) -> bool:
 def _continue(rank: int, world: int, changes: dict[str, Any]) -> list[bool]:
     """Interrupt at several moments; tell whether all is as without."""
     outcomes = []
-    for moment in (0, 1, 4, 7):
+    for moment in (1, 5):  # with H = 3, after one and after two local steps of a round
         replica = Replica(config(averaging_period=3, **changes))
         replica.run(moment)
         content = saved(replica)
         again = resumed(content, averaging_period=3, **changes)
-        if moment == 4:  # saved again before anything happened
+        if moment == 5:  # saved again before anything happened
             again = resumed(saved(again), averaging_period=3, **changes)
         for _ in range(5):
             replica.step()
@@ -79,10 +81,13 @@ def _continue(rank: int, world: int, changes: dict[str, Any]) -> list[bool]:
     return outcomes
 
 
+CONTINUED = [({"sync_every": every, "coefficient": 0.3, **way},) for way in WAYS.values() for every in (1, 3)]
+
+
 @pytest.mark.parametrize("every", [1, 3], ids=["H=1", "H=3, in the middle of a round"])
 @ways
 def test_a_resumed_run_continues_bit_for_bit(way: str, every: int) -> None:
-    for outcomes in run_ranks(2, _continue, {"sync_every": every, "coefficient": 0.3, **WAYS[way]}):
+    for outcomes in together(2, _continue, CONTINUED, ({"sync_every": every, "coefficient": 0.3, **WAYS[way]},)):
         assert all(outcomes), f"false in the steps that differ: {outcomes}"
 
 
@@ -143,11 +148,14 @@ def _lose(rank: int, world: int, changes: dict[str, Any]) -> tuple[Tensor, float
     return flat(again.params), float(again.e.norm())
 
 
+LOST = [({"sync_every": every, **way},) for way in WAYS.values() for every in (1, 3)]
+
+
 @pytest.mark.parametrize("every", [1, 3])
 @ways
 def test_ranks_stay_together_when_one_of_them_has_lost_its_state(way: str, every: int) -> None:
     """Counters decide about averaging, randomness and rounds: the rank takes them from the others."""
-    (x, _), (other, _) = run_ranks(2, _lose, {"sync_every": every, **WAYS[way]}, timeout=40)
+    (x, _), (other, _) = together(2, _lose, LOST, ({"sync_every": every, **WAYS[way]},))
     assert torch.equal(x, other)
     assert bool(x.isfinite().all())
     assert float(x.abs().max()) < 10
@@ -191,41 +199,69 @@ def _server(states: list[dict[str, Any]]) -> Tensor:
     return by_name(states[0]["server"]) + sum(pieces(state) for state in states)
 
 
-@pytest.mark.parametrize(("old", "new"), [(4, 2), (2, 4), (4, 3), (4, 1)])
-@pytest.mark.parametrize("way", ["one-way", "replicated", "sharded", "sharded, whole model"])
-def test_another_number_of_ranks_keeps_the_auxiliary_point(way: str, old: int, new: int) -> None:
-    check_moved(WAYS[way], WAYS[way], old, new)
+MERGED = [
+    *(
+        (way, way, old, new)
+        for way in ("one-way", "replicated", "sharded", "sharded, whole model")
+        for old, new in ((4, 2), (2, 4), (4, 3), (4, 1))
+    ),
+    ("sharded", "replicated", 2, 3),
+    ("sharded", "one-way", 2, 3),
+    ("sharded", "sharded, exact answer", 2, 3),
+    ("sharded", "sharded, whole model", 2, 3),
+    ("replicated", "sharded", 2, 3),
+    ("replicated", "one-way", 2, 3),
+    ("one-way", "sharded", 2, 3),
+]
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("sharded", "replicated"),
-        ("sharded", "one-way"),
-        ("sharded", "sharded, exact answer"),
-        ("sharded", "sharded, whole model"),
-        ("replicated", "sharded"),
-        ("replicated", "one-way"),
-        ("one-way", "sharded"),
-    ],
-)
-def test_another_kind_of_server_keeps_the_auxiliary_point(before: str, after: str) -> None:
-    check_moved(WAYS[before], WAYS[after], 2, 3)
+@cache
+def _trained(world: int) -> dict[str, list[dict[str, Any]]]:
+    """What all ranks saved, by way."""
+    names = sorted({case[0] for case in MERGED})
+    by_rank = run_ranks(world, _train_all, [WAYS[name] for name in names])
+    return {
+        name: [torch.load(io.BytesIO(contents[i]), weights_only=True) for contents in by_rank]
+        for i, name in enumerate(names)
+    }
 
 
-def check_moved(before: dict[str, Any], after: dict[str, Any], old: int, new: int) -> None:
-    contents = [torch.load(io.BytesIO(c), weights_only=True) for c in run_ranks(old, _train, before)]
+def _train_all(rank: int, world: int, table: list[dict[str, Any]]) -> list[bytes]:
+    return [_train(rank, world, changes) for changes in table]
+
+
+@cache
+def _gone_on(old: int, new: int) -> dict[tuple[str, str], list[list[Tensor]]]:
+    """Where all new ranks are, by ways before and after."""
+    cases = [case[:2] for case in MERGED if case[2:] == (old, new)]
+    merged = []
+    for before, after in cases:
+        contents = _trained(old)[before]
+        merged.append((flat(contents[0]["x"]), merge_states([content["sync"] for content in contents]), WAYS[after]))
+    by_rank = run_ranks(new, _go_on_all, merged)
+    return {case: [ranks[i] for ranks in by_rank] for i, case in enumerate(cases)}
+
+
+def _go_on_all(rank: int, world: int, cases: list[tuple[Any, ...]]) -> list[list[Tensor]]:
+    return [_go_on(rank, world, *case) for case in cases]
+
+
+@pytest.mark.parametrize(("before", "after", "old", "new"), MERGED)
+def test_other_ranks_and_other_servers_keep_the_auxiliary_point(before: str, after: str, old: int, new: int) -> None:
+    contents = _trained(old)[before]
     x, states = flat(contents[0]["x"]), [content["sync"] for content in contents]
     auxiliary = x - _mean([by_name(state["residuals"]) for state in states]) - _server(states)
-    ranks = run_ranks(new, _go_on, x, merge_states(states), after)
-    starts, xs, es, ss, dones = (list(column) for column in zip(*ranks, strict=True))
-    if "server_compression" in after or "server_compression" not in before:
-        assert torch.equal(starts[0], starts[-1])
-        torch.testing.assert_close(_mean(starts), _mean([by_name(s["residuals"]) for s in states]), rtol=0, atol=1e-14)
-    sharded = after.get("exchange") == "sharded_server"
-    s = sum(ss) if sharded else ss[0]
+    _, xs, es, ss, dones = (list(column) for column in zip(*_gone_on(old, new)[before, after], strict=True))
+    s = sum(ss) if after.startswith("sharded") else ss[0]
     found = xs[0] - _mean(es) - s
     torch.testing.assert_close(found, auxiliary - _mean(dones), rtol=0, atol=1e-13)  # a few roundings near 1
+
+
+@pytest.mark.parametrize("new", [1, 2, 3])
+def test_every_new_rank_gets_the_mean_of_the_residuals(new: int) -> None:
+    mean = _mean([by_name(content["sync"]["residuals"]) for content in _trained(4)["sharded"]])
+    for start, *_ in _gone_on(4, new)["sharded", "sharded"]:
+        torch.testing.assert_close(start, mean, rtol=0, atol=1e-14)
 
 
 def _other_way(rank: int, world: int, before: str, after: str) -> tuple[Tensor, Tensor]:
@@ -243,19 +279,19 @@ def _other_way(rank: int, world: int, before: str, after: str) -> tuple[Tensor, 
     return flat(loaded["x"]) - e / world - s - done / world, x - new_e / world - new_s
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("sharded", "replicated"),
-        ("sharded", "one-way"),
-        ("sharded", "sharded, whole model"),
-        ("sharded, whole model", "sharded top-k"),
-        ("replicated", "sharded"),
-        ("replicated", "one-way"),
-    ],
-)
+CHANGED = [
+    ("sharded", "replicated"),
+    ("sharded", "one-way"),
+    ("sharded", "sharded, whole model"),
+    ("sharded, whole model", "sharded top-k"),
+    ("replicated", "sharded"),
+    ("replicated", "one-way"),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGED)
 def test_the_same_ranks_can_go_on_another_way(before: str, after: str) -> None:
-    for expected, found in run_ranks(2, _other_way, before, after):
+    for expected, found in together(2, _other_way, CHANGED, (before, after)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 

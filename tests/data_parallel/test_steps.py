@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.data_parallel.replica import SHAPES, SIZES, Replica, config, flat, my_rank
+from tests.data_parallel.together import together
 from tests.ranks import run_ranks
 
 
@@ -189,7 +190,7 @@ def _flushed(rank: int, world: int, looked: bool) -> tuple[Tensor, Tensor, Tenso
 
 @pytest.mark.parametrize("looked", [False, True], ids=["", "while the common model is shown"])
 def test_flush_ends_an_unfinished_round_with_every_step_in_it(looked: bool) -> None:
-    ranks = run_ranks(2, _flushed, looked)
+    ranks = together(2, _flushed, [(False,), (True,)], (looked,))
     assert same(ranks[0][0], ranks[1][0])
     expected = (ranks[0][1] + ranks[1][1]) / 2
     torch.testing.assert_close((ranks[0][2] + ranks[1][2]) / 2, expected, rtol=0, atol=1e-12)
@@ -215,10 +216,17 @@ def _bytes_by_step(rank: int, world: int, changes: dict[str, Any], steps: int) -
     return sent
 
 
-@pytest.mark.parametrize("changes", [{}, {"averaging_period": 1}, {"exchange": "sharded_server"}], ids=str)
-def test_nothing_is_sent_or_received_inside_a_round(changes: dict[str, Any]) -> None:
-    for sent in run_ranks(2, _bytes_by_step, {"sync_every": 3, **changes}, 9):
-        averaging = "averaging_period" in changes
+QUIET: list[tuple[dict[str, Any], int]] = [
+    ({"sync_every": 3}, 9),
+    ({"sync_every": 3, "averaging_period": 1}, 9),
+    ({"sync_every": 3, "exchange": "sharded_server"}, 9),
+]
+
+
+@pytest.mark.parametrize("case", QUIET, ids=str)
+def test_nothing_is_sent_or_received_inside_a_round(case: tuple[dict[str, Any], int]) -> None:
+    for sent in together(2, _bytes_by_step, QUIET, case):
+        averaging = "averaging_period" in case[0]
         assert [bool(out or into) for out, into in sent] == [averaging, False, True] * 3
 
 
@@ -246,22 +254,20 @@ def _averages(rank: int, world: int, period: int, every: int, micro: int) -> lis
 DENSE = 8 * sum(SIZES)  # 2 n (W - 1) / W for two ranks in float64
 
 
-@pytest.mark.parametrize(
-    ("period", "every", "micro", "drawn"),
-    #                     round   0     1     2     3     4     5
-    [
-        (0, 1, 1, "        .     .     .     .     .     .  "),
-        (1, 1, 1, "        a     a     a     a     a     a  "),
-        (2, 1, 1, "        .     a     .     a     .     a  "),
-        (3, 1, 2, "        . .   . .   a .   . .   . .   a ."),
-        (2, 3, 1, "        . . . a . . . . . a . . . . . a . ."),
-    ],
-)
-def test_residuals_are_averaged_once_in_every_pth_round_when_it_begins(
-    period: int, every: int, micro: int, drawn: str
-) -> None:
-    expected = [DENSE if letter == "a" else 0 for letter in drawn.split()]
-    assert run_ranks(2, _averages, period, every, micro) == [expected, expected]
+ROUNDS = {
+    # p, H, micro-batches:  round 0     1     2     3     4     5
+    (0, 1, 1): "                  .     .     .     .     .     .  ",
+    (1, 1, 1): "                  a     a     a     a     a     a  ",
+    (2, 1, 1): "                  .     a     .     a     .     a  ",
+    (3, 1, 2): "                  . .   . .   a .   . .   . .   a .",
+    (2, 3, 1): "                  . . . a . . . . . a . . . . . a . .",
+}
+
+
+@pytest.mark.parametrize("case", ROUNDS, ids=str)
+def test_residuals_are_averaged_once_in_every_pth_round_when_it_begins(case: tuple[int, int, int]) -> None:
+    expected = [DENSE if letter == "a" else 0 for letter in ROUNDS[case].split()]
+    assert together(2, _averages, list(ROUNDS), case) == [expected, expected]
 
 
 def _at_enter(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -295,14 +301,14 @@ def _dense_steps(rank: int, world: int) -> list[tuple[Tensor, float]]:
 
 
 def test_dense_steps_leave_no_residual_and_the_next_ones_do() -> None:
-    for seen in run_ranks(2, _dense_steps):
+    for seen in together(2, _dense_steps, [()], ()):
         residuals = [e for _, e in seen]
         assert residuals[:3] == [0.0, 0.0, 0.0]
         assert min(residuals[3:]) > 0.01
 
 
 def test_dense_steps_keep_all_ranks_equal() -> None:
-    first, second = run_ranks(2, _dense_steps)
+    first, second = together(2, _dense_steps, [()], ())
     assert all(same(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
 
 
@@ -319,19 +325,18 @@ def _mismatch(rank: int, world: int, changes: dict[str, Any]) -> tuple[float, fl
     return norm, mismatch, changes.get("coefficient", 1.0), replica.e, replica.s, other
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"coefficient": 0.3},
-        {"server_compression": True},
-        {"exchange": "sharded_server", "server_compression": True, "coefficient": 0.3},
-        {"exchange": "sharded_server", "server_compression": True, "scope": "model"},
-    ],
-    ids=str,
-)
+DISTANCES: list[dict[str, Any]] = [
+    {},
+    {"coefficient": 0.3},
+    {"server_compression": True},
+    {"exchange": "sharded_server", "server_compression": True, "coefficient": 0.3},
+    {"exchange": "sharded_server", "server_compression": True, "scope": "model"},
+]
+
+
+@pytest.mark.parametrize("changes", DISTANCES, ids=str)
 def test_mismatch_is_the_mean_squared_distance_from_the_auxiliary_point(changes: dict[str, Any]) -> None:
-    ranks = run_ranks(3, _mismatch, changes)
+    ranks = together(3, _mismatch, [(other,) for other in DISTANCES], (changes,))
     mean = torch.stack([rank[3] for rank in ranks]).mean(0)
     s = sum(rank[4] for rank in ranks) if "exchange" in changes else ranks[0][4]
     expected = sum(float((mean + s - alpha * e).square().sum()) for _, _, alpha, e, _, _ in ranks) / 3

@@ -16,6 +16,7 @@ from lightning_distopt.data_parallel import UpdateSync
 from lightning_distopt.errors import RankMismatchError
 from lightning_distopt.exchange import Meter
 from tests.data_parallel.replica import NAMES, Replica, config, flat
+from tests.data_parallel.together import together
 from tests.ranks import run_ranks
 
 WAYS = [
@@ -132,7 +133,7 @@ def _freeze_and_unfreeze(rank: int, world: int, way: dict[str, Any]) -> list[flo
 @ways
 @pytest.mark.parametrize("world", [2, 3])
 def test_freezing_and_unfreezing_leaves_the_auxiliary_point_where_it_is(world: int, way: dict[str, Any]) -> None:
-    for moved in run_ranks(world, _freeze_and_unfreeze, way):
+    for moved in together(world, _freeze_and_unfreeze, [(w,) for w in WAYS], (way,)):
         assert max(moved) < 1e-13, "some roundings of numbers near 1 in float64"
 
 
@@ -285,25 +286,24 @@ def _disagree(rank: int, world: int, how: Callable[[Replica, int], None], change
     return None
 
 
-@pytest.mark.parametrize(
-    ("how", "changes"),
-    [
-        (_start_with_other_names, {}),
-        (_start_with_nothing, {}),
-        (_start_with_other_shapes, {}),
-        (_start_with_other_dtypes, {}),
-        (_start_with_other_owners, {}),
-        (_start_in_another_order, {}),
-        (_freeze_on_one_rank, {}),
-        (_freeze_on_one_rank, {"averaging_period": 3}),
-        (_freeze_on_one_rank, {"exchange": "sharded_server", "server_compression": True}),
-        (_freeze_on_one_rank_in_the_middle_of_a_round, {"sync_every": 3}),
-        (_step_other_optimizers, {}),
-    ],
-    ids=lambda value: value.__name__ if callable(value) else str(value),
-)
-def test_ranks_that_disagree_all_learn_it_at_once(how: Callable[..., None], changes: dict[str, Any]) -> None:
-    for found in run_ranks(3, _disagree_on_last, how, changes, timeout=30):
+DISAGREEMENTS: list[tuple[Callable[[Replica, int], None], dict[str, Any]]] = [
+    (_start_with_other_names, {}),
+    (_start_with_nothing, {}),
+    (_start_with_other_shapes, {}),
+    (_start_with_other_dtypes, {}),
+    (_start_with_other_owners, {}),
+    (_start_in_another_order, {}),
+    (_freeze_on_one_rank, {}),
+    (_freeze_on_one_rank, {"averaging_period": 3}),
+    (_freeze_on_one_rank, {"exchange": "sharded_server", "server_compression": True}),
+    (_freeze_on_one_rank_in_the_middle_of_a_round, {"sync_every": 3}),
+    (_step_other_optimizers, {}),
+]
+
+
+@pytest.mark.parametrize("case", DISAGREEMENTS, ids=lambda case: f"{case[0].__name__} {case[1] or ''}".strip("_ "))
+def test_ranks_that_disagree_all_learn_it_at_once(case: tuple[Any, ...]) -> None:
+    for found in together(3, _disagree_on_last, DISAGREEMENTS, case):
         assert found is not None, "went on"
         message, seconds, away = found
         assert "ranks [2] differ from rank 0" in message

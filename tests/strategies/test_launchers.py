@@ -17,6 +17,7 @@ from tests.strategies.models import Net
 PROJECT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(170)
 def test_spawned_processes_train_as_forked_ones() -> None:
     # the strategy, a compressor object and everything in them travel as pickles
     strategy = CompressedDDPStrategy("topk:0.1", start_method="spawn")
@@ -43,12 +44,15 @@ if fitting.is_global_zero:
 """
 
 
+@pytest.mark.timeout(170)
 def test_a_script_starts_itself_on_every_device(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=55, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=150, env=environment, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert distance(torch.load(tmp_path / "state.pt"), fit(Net(), compressed(), 3)) == 0
     assert done.stdout.count("Communication of rank 0 (CompressedDDPStrategy, 3 steps)") == 1

@@ -75,7 +75,6 @@ def assert_same(a: Any, b: Any, where: str = "state") -> None:
 @pytest.mark.parametrize(
     ("arguments", "net", "loop"),
     [
-        ({"compressor": "sign"}, {}, {}),
         ({"compressor": "sign"}, {"dropout": 0.5, "shuffle": True}, {"limit_val_batches": 1}),
         ({"compressor": "topk:0.1", "averaging_period": 4}, {"step_size": 3}, {}),
         ({"compressor": "sign", "exchange": "sharded_server"}, {"dropout": 0.5}, {}),
@@ -309,8 +308,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "strict"),
+    [*((damage, False) for damage in DAMAGES), (missing, True), (malicious, True)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
 def test_a_sidecar_that_cannot_be_used(saved: Path, tmp_path: Path, damage: Any, strict: bool) -> None:
     shutil.copytree(saved, tmp_path / "saved")
     file = tmp_path / "saved" / "epoch=0.ckpt.ranks" / "1.pt"
