@@ -161,6 +161,22 @@ def test_ranks_stay_together_when_one_of_them_has_lost_its_state(way: str, every
     assert float(x.abs().max()) < 10
 
 
+def _lose_server(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    replica = Replica(config(server_compression=True))
+    replica.run(5)
+    again = resumed(saved(replica), server_compression=True)
+    if rank == 1:
+        again.sync.load_state_dict({})
+    again.track()
+    return replica.s, again.s
+
+
+def test_a_replicated_server_is_not_lost_with_one_ranks_state() -> None:
+    for before, after in run_ranks(3, _lose_server):
+        assert before.any()
+        assert torch.equal(before, after)
+
+
 # ---- another number of ranks, another way ----------------------------------------------------------------------------
 
 

@@ -122,6 +122,13 @@ def test_restore_drops_a_step_that_was_not_exchanged() -> None:
     assert not replica.sync.away
 
 
+def test_a_round_that_was_dropped_begins_anew() -> None:
+    replica = trained(sync_every=3, steps=3)
+    replica.run(2)
+    replica.sync.restore()
+    assert [replica.step() for _ in range(4)] == [False, False, True, False]
+
+
 def test_the_common_model_can_be_read_inside_a_step() -> None:
     replica = trained()
     x = flat(replica.params)
