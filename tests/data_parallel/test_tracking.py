@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -158,7 +159,7 @@ class _Two:
         self.sync = UpdateSync(config(**changes), self.meter)
         self.sync.track(self.params, self.owners)
 
-    def step(self, owner: int, size: float) -> bool:
+    def step(self, owner: int, size: float | Tensor) -> bool:
         self.sync.enter()
         for name, param in self.params.items():
             if owner in self.owners[name]:
@@ -225,6 +226,34 @@ def test_several_optimizers_lose_nothing(changes: dict[str, Any]) -> None:
     (x, moved0), (other, moved1) = run_ranks(2, _two_optimizers, {"coefficient": 0.3, **changes})
     assert torch.equal(x, other)
     torch.testing.assert_close(1.0 - x, (moved0 + moved1) / 2)
+
+
+def _resume_two(rank: int, world: int) -> tuple[float, list[bool]]:
+    way = {"exchange": "sharded_server", "server_compression": True}
+    draw = torch.Generator().manual_seed(rank)
+    two, again = _Two(**way), _Two(**way)
+    for owner in (0, 1, 1, 0):
+        two.step(owner, torch.randn(5, generator=draw))
+    two.sync.leave()
+    state = two.sync.state_dict()
+    kept = sum(float(piece["values"].abs().min()) for pieces in state["shards"].values() for piece in pieces)
+    for name, param in again.params.items():
+        param.data.copy_(two.params[name])
+    again.sync.load_state_dict(copy.deepcopy(state))
+    same = []
+    for owner in (0, 0, 1, 0, 1):
+        size = torch.randn(5, generator=draw)
+        for one in (two, again):
+            one.step(owner, size)
+            one.sync.leave()
+        same.append(torch.equal(flat(two.params), flat(again.params)))
+    return kept, same
+
+
+def test_optimizers_that_resume_one_after_the_other_leave_each_others_servers_alone() -> None:
+    ranks = run_ranks(2, _resume_two)
+    assert sum(kept for kept, _ in ranks) > 0.01, "there is something to lose"
+    assert [same for _, same in ranks] == [[True] * 5] * 2
 
 
 # ---- ranks that disagree ---------------------------------------------------------------------------------------------

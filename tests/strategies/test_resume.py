@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from lightning_distopt import CompressedDDPStrategy
 from tests.ranks import run_ranks
 from tests.strategies.fits import Agree, At, State, compressed, distance, fit, gathered, trainer, warnings_to
-from tests.strategies.models import Net
+from tests.strategies.models import BATCH, Net, data
 from tests.strategies.test_manual_optimization import Gan
 
 # A fit may resume without the callback that saved.
@@ -104,6 +105,43 @@ def test_resuming_several_optimizers_is_exact(tmp_path: Path) -> None:
     whole = epochs(Gan(), compressed(), 2)
     epochs(Gan(), compressed(), 1, **saving(tmp_path))
     assert distance(epochs(Gan(), compressed(), 2, tmp_path / "epoch=0.ckpt"), whole) == 0
+
+
+class Resumable:
+    """A loader that knows how far it got, as Lightning asks for an exact continuation inside of an epoch."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+        self.position = self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.start = self.start, 0
+        for position in range(start, len(self)):
+            self.position = position + 1
+            yield self.batches[position]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["position"] % len(self)
+
+
+def test_resuming_inside_of_an_epoch_is_exact_with_a_loader_that_resumes(tmp_path: Path) -> None:
+    class InOrder(Net):
+        def train_dataloader(self) -> Any:
+            tensors = data(self.global_rank, self.batches).tensors
+            return Resumable(list(zip(*(tensor.split(BATCH) for tensor in tensors), strict=True)))
+
+    whole = epochs(InOrder(dropout=0.5), compressed(compressor="topk:0.1"), 2)
+    arguments = saving(tmp_path, every_n_train_steps=3)
+    arguments["callbacks"][0].filename = "{step}"
+    epochs(InOrder(dropout=0.5), compressed(compressor="topk:0.1"), 1, **arguments)
+    strategy = compressed(compressor="topk:0.1", strict_sidecars=True)
+    assert distance(epochs(InOrder(dropout=0.5), strategy, 2, tmp_path / "step=3.ckpt"), whole) == 0
 
 
 def test_ckpt_path_last(tmp_path: Path) -> None:
