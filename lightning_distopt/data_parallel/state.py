@@ -63,7 +63,7 @@ def place_state(state: Mapping[str, Any], groups: Sequence[Group], server: Serve
     """
     asleep: Asleep = {key: dict(state.get(key, {})) for key in no_state()}
     shards = state.get("shards", {})
-    pieces = {n: [ServerResidual(int(p["start"]), p["values"]) for p in those] for n, those in shards.items()}
+    pieces = {n: [ServerResidual(int(p["start"]), p["values"].clone()) for p in those] for n, those in shards.items()}
     for group in groups:
         counters = asleep["groups"].pop(group.key, {})
         group.rounds = int(counters.get("rounds", 0))
@@ -84,11 +84,12 @@ def place_state(state: Mapping[str, Any], groups: Sequence[Group], server: Serve
         local = [asleep["local"].pop(name, None) for name in group.names]
         if counters.get("local_steps") and all(z is not None for z in local):
             _begin_round_at_x(group, int(counters["local_steps"]))
-            group.stash = [z.to(param.device) for z, param in zip(local, group.data, strict=True)]
+            group.stash = [z.to(param.device, copy=True) for z, param in zip(local, group.data, strict=True)]
     server.replace(pieces)
-    if groups:  # what is left sleeps, without holding on to the memory of buckets that are no more
-        asleep["residuals"] = {name: e.clone() for name, e in asleep["residuals"].items()}
-        asleep["server"] = {name: s.clone() for name, s in asleep["server"].items()}
+    # What is left sleeps in memory of its own: not in the state's, nor in that of buckets that are no more.
+    for key in ("residuals", "server", "local"):
+        asleep[key] = {name: values.clone() for name, values in asleep[key].items()}
+    if groups:
         asleep["local"] = {}
         asleep["groups"] = {
             key: {**counters, "local_steps": 0, "begun": False} for key, counters in asleep["groups"].items()

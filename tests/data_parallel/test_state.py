@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from functools import cache
 from typing import Any
@@ -131,6 +132,19 @@ def test_a_state_can_be_taken_over_in_the_middle_of_training() -> None:
     assert torch.equal(one.e, other.e)
     other.sync.load_state_dict({})
     assert not other.e.any(), "what is not there is zero"
+
+
+@pytest.mark.parametrize("way", ["one-way", "replicated", "sharded"])
+def test_a_state_that_was_taken_over_does_not_follow_its_source(way: str) -> None:
+    one, other = (Replica(config(sync_every=3, **WAYS[way])) for _ in range(2))
+    one.run(7)
+    other.sync.load_state_dict(one.sync.state_dict())
+    before = copy.deepcopy(other.sync.state_dict())
+    one.run(5)
+    after = other.sync.state_dict()
+    for key in ("residuals", "server", "local"):
+        assert all(torch.equal(after[key][name], value) for name, value in before[key].items())
+    assert torch.equal(pieces(after), pieces(before))
 
 
 # ---- a lost state ----------------------------------------------------------------------------------------------------
