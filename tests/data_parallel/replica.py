@@ -48,7 +48,6 @@ class Replica:
         optimizer: builds the optimizer.
         lr: learning rate of each step.
         noise: of the problem's gradients.
-        load: a state for the engine before it tracks anything, and the parameters that belong to it.
     """
 
     def __init__(

@@ -108,12 +108,11 @@ def _use(rank: int, world: int) -> dict[Row, Use]:
                 ),
                 Meter(),
             )
-            for _ in range(2):
-                sync.track(params, dict.fromkeys(params, (0,)))
-                sync.enter()
-                for param in params.values():
-                    param.data.mul_(0.99)
-                sync.exchange()
+            sync.track(params, dict.fromkeys(params, (0,)))
+            sync.enter()
+            for param in params.values():
+                param.data.mul_(0.99)
+            sync.exchange()
             persistent = live.settled((TENSORS * row.copies(world) + SMALL) * BUCKET)
         with LiveTensors() as entering:
             sync.enter()
