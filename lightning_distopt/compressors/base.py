@@ -11,6 +11,7 @@ A scheme implements three small functions (``layout``, ``_encode``, ``_decode_ad
 ``shared_randomness``  all ranks must use the same key, and the receiver decodes with it
 ``per_tensor``      the result depends on how a buffer is cut into tensors
 ``splittable``      a payload can be cut by coordinates (:meth:`Compressor.split`), so ranks can share the serving
+``granularity``     the coordinates at which it can be cut are multiples of this
 ==================  =========================================================================================
 """
 
@@ -78,6 +79,7 @@ class Compressor(ABC):
     shared_randomness: bool = False
     per_tensor: bool = True
     splittable: bool = True
+    granularity: int = 8
     random: bool = False
 
     @abstractmethod
@@ -166,7 +168,8 @@ class Compressor(ABC):
 
         Args:
             payload: of a tensor with ``n`` elements.
-            bounds: ascending, from 0 to ``n``; inner bounds are multiples of 8 so that packed bits stay whole bytes.
+            bounds: ascending, from 0 to ``n``; inner bounds are multiples of ``granularity``, so that packed codes
+                stay whole bytes.
         """
         raise TypeError(f"`{self}` cannot be split by coordinates. Use `exchange='all_reduce'` or `'all_gather'`.")
 
@@ -199,6 +202,16 @@ def kept(numel: int, ratio: float) -> int:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that sums over a tensor of ``dtype`` are taken in: at least float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def fractions(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row over its largest magnitude, in float64, and that magnitude: sums and squares cannot overflow.
+
+    Args:
+        rows: shape ``(rows, elements)``; the second result has shape ``(rows, 1)``, and is 0 for a row of zeros.
+    """
+    largest = rows.abs().amax(1, keepdim=True).double()
+    return rows.double() / torch.where(largest > 0, largest, 1.0), largest
 
 
 def all_finite(flat: Tensor) -> bool:

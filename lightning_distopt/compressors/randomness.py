@@ -60,9 +60,12 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def uniform(key: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return ``numel`` float32 uniforms in [0, 1) with 24 random bits: ``(hash64(key, i) >> 40) / 2**24``."""
-    z = torch.arange(1, numel + 1, device=device) * _signed(_GOLDEN) + _signed(key)
+def uniform(key: int, numel: int, device: torch.device | str = "cpu", start: int = 0) -> Tensor:
+    """Return float32 uniforms in [0, 1) with 24 random bits for elements ``start`` to ``start + numel``.
+
+    Element ``i`` has ``(hash64(key, i) >> 40) / 2**24``.
+    """
+    z = torch.arange(start + 1, start + numel + 1, device=device) * _signed(_GOLDEN) + _signed(key)
     z = (z ^ _shift_right(z, 30)) * _signed(_MIX1)
     z = (z ^ _shift_right(z, 27)) * _signed(_MIX2)
     z = z ^ _shift_right(z, 31)

@@ -33,8 +33,11 @@ class ScaledSign(Compressor):
 
     def _encode(self, flat: Tensor, key: int) -> dict[str, Tensor]:
         # Rounded to the tensor's precision here, so that it is the same number whatever dtype it is decoded into.
-        scale = _mean_magnitude(flat).to(flat.dtype).to(wide(flat.dtype))
+        scale = self._scale(flat).to(flat.dtype).to(wide(flat.dtype))
         return {"scale": scale.view(1), "bits": pack_bits(flat >= 0)}
+
+    def _scale(self, flat: Tensor) -> Tensor:
+        return _mean_magnitude(flat)
 
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
         add_signs_(fields["bits"], (fields["scale"] * alpha).to(out.dtype), out)

@@ -1,6 +1,6 @@
 """A parameter server without a server process: each rank serves ``1 / W`` of the coordinates.
 
-    tensors of a bucket   [■■■■■■|■■■][■■■|■■■■■■■■]        cut by coordinates, inner cuts at multiples of 8
+    tensors of a bucket   [■■■■■■|■■■][■■■|■■■■■■■■]        cut by coordinates, inner cuts at multiples of the granularity
                              owner 0  ↑   owner 1
 
     1. (sizes)    all-to-all   entries of each part, where they depend on the data (top-k)
@@ -95,7 +95,7 @@ class ShardedServerExchange(Exchange):
         self._restored = {name: list(those) for name, those in pieces.items()}
 
     def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
-        shares = _shares([payload.numel for payload in payloads], self.world)
+        shares = _shares([payload.numel for payload in payloads], self.world, self.compressor.granularity)
         mine = shares[self.rank]
         device, dtype = device_of(payloads), payloads[0].dtype
 
@@ -230,14 +230,14 @@ def _copy_overlap(source: ServerResidual, target: ServerResidual) -> None:
         target.values[start - target.start : stop - target.start].copy_(part)
 
 
-def _shares(numels: Sequence[int], world: int) -> list[list[_Part]]:
+def _shares(numels: Sequence[int], world: int, granularity: int) -> list[list[_Part]]:
     """Cut tensors of these sizes, laid end to end, into ``world`` nearly equal shares; empty parts are left out."""
     starts = [0, *accumulate(numels)]
     targets = [starts[-1] * rank // world for rank in range(world + 1)]
     shares: list[list[_Part]] = [[] for _ in range(world)]
     for tensor, (begin, end) in enumerate(pairwise(starts)):
         cuts = [min(max(target - begin, 0), end - begin) for target in targets]
-        cuts = [cut if cut == end - begin else cut // 8 * 8 for cut in cuts]
+        cuts = [cut if cut == end - begin else cut // granularity * granularity for cut in cuts]
         for owner, (start, stop) in enumerate(pairwise(cuts)):
             if stop > start:
                 shares[owner].append(_Part(tensor, start, stop))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_distopt.compressors import Compressor, Dense, RandomBlock, ScaledSign, TopK
+from lightning_distopt.compressors import (
+    ORQ,
+    QSGD,
+    BinGradB,
+    BinGradPB,
+    Compressor,
+    Dense,
+    LinearQuantizer,
+    OneBit,
+    RandomBlock,
+    ScaledSign,
+    TernGrad,
+    TopK,
+)
+from lightning_distopt.compressors.bin_grad_pb import best_magnitude
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -54,7 +69,31 @@ def _sign_left(v: Tensor) -> float:
     return 1.0 - float(v.abs().sum() ** 2 / (v.numel() * v.square().sum()))
 
 
+def _binary_left(buckets: int) -> Callable[[Tensor], float]:
+    """What is left of a bucket's energy round its mean is at most all but the mean's, 1/4 of it here: loose, for any data."""
+    return lambda v: 1.0 - 1.0 / min(buckets, v.numel())
+
+
+def _clipped_left(bucket: int) -> Callable[[Tensor], float]:
+    """The expected error of rounding inside of ``[-b, b]`` and clipping outside, by its definition."""
+
+    def left(v: Tensor) -> float:
+        rest = 0.0
+        for part in v.double().split(bucket):
+            b = best_magnitude(part.view(1, -1))
+            a = part.abs()
+            rest += float(torch.where(a < b, b.square() - a.square(), (a - b).square()).sum())
+        return rest / float(v.double().square().sum())
+
+    return left
+
+
+def _anything(v: Tensor) -> float:
+    return math.inf
+
+
 _SPARSE = "contractive per_tensor splittable"
+_UNBIASED = "unbiased splittable random"
 _BLOCK = "contractive linear shared_randomness per_tensor random"
 
 ROWS = (
@@ -73,6 +112,32 @@ ROWS = (
     ),
     _row("float16", lambda: Dense("float16"), "contractive linear splittable", lambda v: 2.0**-22, (torch.float16,)),
     _row("bfloat16", lambda: Dense("bfloat16"), "contractive linear splittable", lambda v: 2.0**-16, (torch.bfloat16,)),
+    _row("onebit", lambda: OneBit(), "per_tensor splittable", _anything),
+    _row("bingrad_b:bucket_size=48", lambda: BinGradB(48), "contractive splittable", _binary_left(48)),
+    _row(
+        "bingrad_b:bucket_size=64,threshold=exact",
+        lambda: BinGradB(64, "exact"),
+        "contractive splittable",
+        _binary_left(64),
+    ),
+    _row(
+        "bingrad_b:threshold=lloyd", lambda: BinGradB(threshold="lloyd"), "contractive splittable", _binary_left(2048)
+    ),
+    _row("bingrad_pb:bucket_size=64", lambda: BinGradPB(64), "contractive splittable random", _clipped_left(64)),
+    _row("orq:3,bucket_size=60", lambda: ORQ(3, 60), _UNBIASED, _anything),
+    _row("orq:5", lambda: ORQ(5), _UNBIASED, _anything),
+    _row("orq:9,bucket_size=100,clip=2.5", lambda: ORQ(9, 100, 2.5), "splittable random", _anything),
+    _row("qsgd:5,bucket_size=72", lambda: QSGD(5, bucket_size=72), _UNBIASED, _anything),
+    _row("qsgd:255,norm=l2,bucket_size=128", lambda: QSGD(255, "l2", 128), _UNBIASED, _anything),
+    _row("terngrad", lambda: TernGrad(), "per_tensor splittable random", _anything),
+    _row("terngrad:clip=none,bucket_size=40", lambda: TernGrad(None, 40), _UNBIASED, _anything),
+    _row("linear:5,bucket_size=64", lambda: LinearQuantizer(5, bucket_size=64), _UNBIASED, _anything),
+    _row(
+        "linear:16,grid=quantile,bucket_size=100",
+        lambda: LinearQuantizer(16, "quantile", 100),
+        _UNBIASED,
+        _anything,
+    ),
     _row("random_block:0.01", lambda: RandomBlock(0.01), _BLOCK, _not_kept(0.01)),
     _row("random_block:0.3", lambda: RandomBlock(0.3), _BLOCK, _not_kept(0.3)),
 )

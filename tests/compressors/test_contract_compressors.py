@@ -193,8 +193,10 @@ def test_the_mean_over_keys_is_the_input(row: Row) -> None:
     compressor, v = row.make(), gaussian(200)
     draws = torch.stack([compressor.decompress(compressor.compress(v, key)) for key in range(400)]).double()
     standard_errors = draws.std(0) / math.sqrt(len(draws))
-    # 1e-7: float32 values. Five standard errors: a false alarm in 200 elements has probability 1e-4.
-    assert bool(((draws.mean(0) - v.double()).abs() <= 5 * standard_errors + 1e-7 * v.abs()).all())
+    # 1e-7: float32 values. Five standard errors: a false alarm in 200 elements has probability 1e-4. Next to a level, the
+    # other one may be drawn once or never, which tells nothing of the deviation: five draws of the full range in addition.
+    rare = 5 * float(v.max() - v.min()) / len(draws)
+    assert bool(((draws.mean(0) - v.double()).abs() <= 5 * standard_errors + 1e-7 * v.abs() + rare).all())
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -291,7 +293,8 @@ def test_denormal_values_stay_finite(row: Row, dtype: torch.dtype) -> None:
     compressor, buffer = row.make(), v.clone()
     decoded = compressor.decompress(compressor.compress_(buffer, KEY))
     assert all_finite(decoded, buffer)
-    assert bool((buffer.abs() <= v.max()).all())
+    # A draw may choose a level on the other side of zero, and levels are at most as large as the length of ``v``.
+    assert bool((buffer.abs() <= (2 * v.sum() if "random" in row.traits else v.max())).all())
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -398,10 +401,13 @@ def test_the_sum_of_fields_decodes_to_the_sum_of_decoded(row: Row, dtype: torch.
 
 @rows("splittable")
 @dtypes
-@pytest.mark.parametrize("bounds", [[0, 100], [0, 8, 16, 100], [0, 48, 48, 96, 100], [0, 0, 100, 100]], ids=str)
-def test_parts_decode_to_slices(row: Row, dtype: torch.dtype, bounds: list[int]) -> None:
+@pytest.mark.parametrize("cuts", [[], [1, 2], [6, 6, 12], [0, 13]], ids=str)
+def test_parts_decode_to_slices(row: Row, dtype: torch.dtype, cuts: list[int]) -> None:
     compressor = row.make()
-    payload = compressor.compress(gaussian(10, 10, dtype=dtype), KEY)
+    unit = compressor.granularity
+    numel = 12 * unit + 4
+    payload = compressor.compress(gaussian(2, numel // 2, dtype=dtype), KEY)
+    bounds = [0, *(min(cut * unit, numel) for cut in cuts), numel]
     whole = compressor.decompress(payload).view(-1)
     parts = compressor.split(payload, bounds)
     assert [part.numel for part in parts] == [b - a for a, b in pairwise(bounds)]
@@ -412,7 +418,9 @@ def test_parts_decode_to_slices(row: Row, dtype: torch.dtype, bounds: list[int])
 @dtypes
 def test_parts_carry_the_bytes_of_their_layout(row: Row, dtype: torch.dtype) -> None:
     compressor = row.make()
-    for part in compressor.split(compressor.compress(gaussian(1001, dtype=dtype), KEY), [0, 8, 504, 1001]):
+    unit = compressor.granularity
+    numel = 70 * unit + 1
+    for part in compressor.split(compressor.compress(gaussian(numel, dtype=dtype), KEY), [0, unit, 50 * unit, numel]):
         layout = compressor.layout(part.numel, dtype, compressor.entries(part))
         assert Wire([layout]).nbytes == part.nbytes
 
@@ -469,9 +477,10 @@ def test_any_size_has_the_announced_bytes(row: Row, numel: int, dtype: torch.dty
 @rows("splittable")
 @settings(deadline=None, max_examples=30)
 @given(v=tensors(), cuts=st.lists(st.integers(0, 8), max_size=4))
-def test_any_cut_at_multiples_of_eight_decodes_to_slices(row: Row, v: Tensor, cuts: list[int]) -> None:
+def test_any_cut_at_multiples_of_the_granularity_decodes_to_slices(row: Row, v: Tensor, cuts: list[int]) -> None:
     compressor = row.make()
     payload = compressor.compress(v)
-    bounds = [0, *sorted(8 * cut for cut in cuts if 8 * cut < v.numel()), v.numel()]
+    unit = compressor.granularity
+    bounds = [0, *sorted(unit * cut for cut in cuts if unit * cut < v.numel()), v.numel()]
     parts = [compressor.decompress(part) for part in compressor.split(payload, bounds)]
     assert torch.equal(torch.cat(parts), compressor.decompress(payload))

@@ -26,6 +26,14 @@ def test_every_listed_example_is_readable(name: str) -> None:
         ("dense", "Dense(dtype='float32')"),
         ("dense:bfloat16", "Dense(dtype='bfloat16')"),
         ("none", "Dense(dtype='float32')"),
+        ("bingrad", "BinGradB(bucket_size=2048, threshold='mean')"),
+        ("bingrad_b:threshold=exact", "BinGradB(bucket_size=2048, threshold='exact')"),
+        ("bingrad_pb:bucket_size=none", "BinGradPB(bucket_size=None)"),
+        ("orq:9, bucket_size=512, clip=2.5", "ORQ(levels=9, bucket_size=512, clip=2.5)"),
+        ("qsgd:3,norm=l2", "QSGD(levels=3, norm='l2', bucket_size=2048, clip=None)"),
+        ("terngrad", "TernGrad(clip=2.5, bucket_size=None)"),
+        ("linear:grid=quantile", "LinearQuantizer(levels=5, grid='quantile', bucket_size=2048, clip=None)"),
+        ("onebit", "OneBit()"),
         ("fp32", "Dense(dtype='float32')"),
         ("fp16", "Dense(dtype='float16')"),
         ("bf16", "Dense(dtype='bfloat16')"),
@@ -69,6 +77,12 @@ def test_an_unreadable_ratio_is_refused_with_an_example(argument: str) -> None:
 @pytest.mark.parametrize("text", ["sign:2", "bf16:1", "float32:float16", "sign:"])
 def test_a_superfluous_argument_is_refused_with_what_to_write(text: str) -> None:
     with pytest.raises(ValueError, match=rf"takes no argument: got '{text}'\. Write '"):
+        parse(text)
+
+
+@pytest.mark.parametrize(("text", "known"), [("orq:5,size=3", "levels, bucket_size, clip"), ("sign:scale=1", "none")])
+def test_an_unknown_option_is_refused_with_the_known_ones(text: str, known: str) -> None:
+    with pytest.raises(ValueError, match=rf"has no option '(size|scale)': it takes {known}\."):
         parse(text)
 
 

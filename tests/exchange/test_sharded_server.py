@@ -45,7 +45,7 @@ def means_of(exchange: Exchange, tensors: dict[str, Tensor], step: int = 0) -> d
 
 def test_shares_of_two_tensors_are_the_drawn_ones() -> None:
     #  tensor 0: 0 ........ 24 | 24 ... 40      tensor 1: 0 .. 8 | 8 ........ 32 | 32 .. 40
-    assert [[tuple(part) for part in share] for share in _shares([40, 40], 3)] == [
+    assert [[tuple(part) for part in share] for share in _shares([40, 40], 3, 8)] == [
         [(0, 0, 24)],
         [(0, 24, 40), (1, 0, 8)],
         [(1, 8, 40)],
@@ -56,7 +56,7 @@ def test_shares_of_two_tensors_are_the_drawn_ones() -> None:
 @given(SIZES, WORLD)
 def test_shares_cover_every_coordinate_exactly_once(numels: list[int], world: int) -> None:
     owned = Counter(
-        (part.tensor, i) for share in _shares(numels, world) for part in share for i in range(part.start, part.stop)
+        (part.tensor, i) for share in _shares(numels, world, 8) for part in share for i in range(part.start, part.stop)
     )
     assert owned == Counter((tensor, i) for tensor, numel in enumerate(numels) for i in range(numel))
 
@@ -64,7 +64,7 @@ def test_shares_cover_every_coordinate_exactly_once(numels: list[int], world: in
 @settings(deadline=None)
 @given(SIZES, WORLD)
 def test_inner_cuts_are_multiples_of_eight(numels: list[int], world: int) -> None:
-    for part in (part for share in _shares(numels, world) for part in share):
+    for part in (part for share in _shares(numels, world, 8) for part in share):
         assert part.start % 8 == 0
         assert part.stop % 8 == 0 or part.stop == numels[part.tensor]
 
@@ -74,13 +74,13 @@ def test_inner_cuts_are_multiples_of_eight(numels: list[int], world: int) -> Non
 def test_shares_are_equal_to_a_byte_of_bits(numels: list[int], world: int) -> None:
     ideal = sum(numels) / world
     # Either end is rounded down by at most 7, after a whole part of the ideal place was taken.
-    assert all(abs(sum(part.numel for part in share) - ideal) < 9 for share in _shares(numels, world))
+    assert all(abs(sum(part.numel for part in share) - ideal) < 9 for share in _shares(numels, world, 8))
 
 
 @settings(deadline=None)
 @given(SIZES, WORLD)
 def test_an_owner_has_at_most_one_part_of_a_tensor(numels: list[int], world: int) -> None:
-    for share in _shares(numels, world):
+    for share in _shares(numels, world, 8):
         tensors = [part.tensor for part in share]
         assert tensors == sorted(set(tensors))
 
