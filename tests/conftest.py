@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_distopt.compressors.kernels import kernels_of
+
 # Set by Lightning's launchers and seeding, by design; everything else that appears in the environment is a leak.
 _ALLOWED = {
     "OMP_NUM_THREADS",
@@ -24,6 +26,9 @@ _FOREIGN = ("PYTEST_", "HYPOTHESIS_", "KMP_", "CUDA_", "TORCHINDUCTOR_", "TRITON
 
 # Tests fork. A child inherits its parent's OpenMP pool without the threads in it, and would wait for them for ever.
 torch.set_num_threads(1)
+
+# Children inherit what is compiled and loaded here, instead of each loading it again.
+kernels_of(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -100,6 +100,12 @@ class Compressor(ABC):
         non-finite too, never to plausible numbers.
         """
 
+    def _encode_(self, flat: Tensor, key: int) -> dict[str, Tensor]:
+        """Like :meth:`_encode`, and leave the residual in ``flat``."""
+        fields = self._encode(flat, key)
+        self._decode_add_(fields, key, flat, -1.0)
+        return fields
+
     @abstractmethod
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
         """Add ``alpha * decoded`` to the 1-D tensor ``out``."""
@@ -117,6 +123,23 @@ class Compressor(ABC):
             TypeError: if ``tensor`` is not a dense floating-point tensor.
             NonFiniteError: if ``tensor`` holds a NaN or an infinity.
         """
+        flat, key = self._prepared(tensor, key, assume_finite)
+        return Payload(self._encode(flat, key), tensor.shape, tensor.dtype, key)
+
+    def compress_(self, buffer: Tensor, key: int | None = None, *, assume_finite: bool = False) -> Payload:
+        """Like :meth:`compress`, and leave the residual in ``buffer``.
+
+        Contract: ``buffer_after == buffer_before - decompress(payload)``, rounded in its dtype.
+        """
+        if not buffer.is_contiguous():
+            payload = self.compress(buffer, key, assume_finite=assume_finite)
+            self.decompress_add_(payload, buffer, alpha=-1.0)
+            return payload
+        flat, key = self._prepared(buffer, key, assume_finite)
+        return Payload(self._encode_(flat, key), buffer.shape, buffer.dtype, key)
+
+    def _prepared(self, tensor: Tensor, key: int | None, assume_finite: bool) -> tuple[Tensor, int]:
+        """Check ``tensor``; return it flat (the same memory if it is contiguous) and the key to use."""
         if tensor.dtype not in _FLOATING or tensor.layout is not torch.strided:
             raise TypeError(
                 f"`tensor` must be a dense floating-point tensor: got {tensor.dtype} with layout {tensor.layout}. "
@@ -126,19 +149,8 @@ class Compressor(ABC):
         if not assume_finite:
             _check_finite(flat)
         if not self.random:
-            key = 0
-        elif key is None:
-            key = fresh_key()
-        return Payload(self._encode(flat, key), tensor.shape, tensor.dtype, key)
-
-    def compress_(self, buffer: Tensor, key: int | None = None, *, assume_finite: bool = False) -> Payload:
-        """Like :meth:`compress`, and leave the residual in ``buffer``.
-
-        Contract: ``buffer_before == decompress(payload) + buffer_after``, the subtraction rounded in its dtype.
-        """
-        payload = self.compress(buffer, key, assume_finite=assume_finite)
-        self.decompress_add_(payload, buffer, alpha=-1.0)
-        return payload
+            return flat, 0
+        return flat, fresh_key() if key is None else key
 
     def decompress(self, payload: Payload) -> Tensor:
         """Return the tensor that the payload stands for, in its original shape and dtype."""

@@ -5,6 +5,7 @@ Source: arXiv:2002.11082. Which threshold the paper takes is not known to us, so
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -48,6 +49,12 @@ class BinGradB(Quantizer):
         b0 = {"mean": _mean, "exact": _best_split, "lloyd": _lloyd}[self.threshold](rows)
         high = rows >= b0
         return self._settle(side_means(rows, high), rows, dtype), high.to(torch.uint8)
+
+    def _compiled(self, kernels: ModuleType, flat: Tensor, key: int, residual: bool) -> dict[str, Tensor] | None:
+        if self.threshold != "mean":
+            return None
+        levels, codes = kernels.encode_binary(flat, self.bucket_size or flat.numel(), residual)
+        return {"levels": levels.view(-1), "codes": kernels.pack(codes, 2)}
 
     def _table(self, side: Tensor) -> Tensor:
         return side

@@ -5,6 +5,8 @@ Source: arXiv:2002.11082.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,10 @@ class BinGradPB(RandomRounding):
 
     def _side(self, rows: Tensor) -> Tensor:
         return best_magnitude(rows)[:, None]
+
+    def _compiled_side(self, kernels: ModuleType, flat: Tensor, size: int, limits: Tensor | None) -> Tensor | None:
+        magnitudes: Tensor = kernels.best_magnitudes(flat, size)[:, None]
+        return magnitudes
 
     def _table(self, side: Tensor) -> Tensor:
         return torch.cat((-side, side), 1)

@@ -5,6 +5,7 @@ Source: a baseline of arXiv:2002.11082; which grid it used there is not known to
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -48,6 +49,12 @@ class LinearQuantizer(RandomRounding):
             return torch.stack((rows.amin(1), rows.amax(1)), 1)
         ranks = torch.linspace(0, rows.size(1) - 1, self.symbols, dtype=torch.float64, device=rows.device)
         return rows.sort(1).values[:, ranks.round().long()]
+
+    def _compiled_side(self, kernels: ModuleType, flat: Tensor, size: int, limits: Tensor | None) -> Tensor | None:
+        if self.grid == "quantile":
+            return None
+        ends: Tensor = kernels.ranges(flat, size)
+        return ends if limits is None else torch.clamp(ends, -limits, limits)
 
     def _table(self, side: Tensor) -> Tensor:
         if self.grid == "quantile":

@@ -5,10 +5,13 @@ Source: arXiv:2102.02888.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lightning_distopt.compressors.base import fractions, wide
+from lightning_distopt.compressors.kernels import kernels_for
 from lightning_distopt.compressors.scaled_sign import ScaledSign
 
 __all__ = ["OneBit"]
@@ -27,6 +30,10 @@ class OneBit(ScaledSign):
     contractive = False
 
     def _scale(self, flat: Tensor) -> Tensor:
+        kernels = kernels_for(flat)
+        if kernels is not None:
+            length: Tensor = kernels.lengths(flat, flat.numel())[0]
+            return length / math.sqrt(flat.numel())
         if flat.numel() == 0:
             return torch.zeros((), dtype=wide(flat.dtype), device=flat.device)
         parts, largest = fractions(flat.view(1, -1))

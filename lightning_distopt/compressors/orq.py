@@ -5,6 +5,8 @@ Source: arXiv:2002.11082. That the paper's search is this greedy halving is our 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,10 @@ class ORQ(RandomRounding):
 
     def _side(self, rows: Tensor) -> Tensor:
         return optimal_levels(rows, self.symbols)
+
+    def _compiled_side(self, kernels: ModuleType, flat: Tensor, size: int, limits: Tensor | None) -> Tensor | None:
+        levels: Tensor = kernels.optimal_levels(flat, size, self.symbols, limits)
+        return levels
 
     def _table(self, side: Tensor) -> Tensor:
         return side

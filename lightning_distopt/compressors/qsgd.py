@@ -5,6 +5,7 @@ Source: arXiv:1610.02132.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -51,6 +52,17 @@ class QSGD(RandomRounding):
         norm = parts.square().sum(1, keepdim=True).sqrt() * largest
         # At least the largest magnitude, whatever the sum's rounding, so that no value lies outside.
         return norm.clamp(max=torch.finfo(rows.dtype).max).to(rows.dtype).maximum(largest.to(rows.dtype))
+
+    def _compiled_side(self, kernels: ModuleType, flat: Tensor, size: int, limits: Tensor | None) -> Tensor | None:
+        largest: Tensor = kernels.largest_magnitudes(flat, size)[:, None]
+        if limits is not None:
+            largest = torch.minimum(largest, limits)
+        if self.norm == "linf":
+            return largest
+        if limits is not None:
+            return None  # the length of clipped values: plain torch
+        lengths = kernels.lengths(flat, size)[:, None].clamp(max=torch.finfo(torch.float32).max).float()
+        return torch.where(largest.isfinite(), torch.maximum(lengths, largest), largest)
 
     def _table(self, side: Tensor) -> Tensor:
         return even_levels(self.symbols, side) * side

@@ -14,12 +14,14 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Field, Payload, fractions, wide
 from lightning_distopt.compressors.codes import alignment, bits_per_code, pack_codes, packed_bytes, unpack_codes
+from lightning_distopt.compressors.kernels import kernels_for
 from lightning_distopt.compressors.randomness import uniform
 
 __all__ = ["Quantizer", "RandomRounding"]
@@ -69,7 +71,21 @@ class Quantizer(Compressor):
         levels = self.side * -(-numel // (self.bucket_size or max(1, numel)))
         return Field("levels", wide(dtype), levels), Field("codes", torch.uint8, packed_bytes(numel, self.symbols))
 
+    def _compiled(self, kernels: ModuleType, flat: Tensor, key: int, residual: bool) -> dict[str, Tensor] | None:
+        """Return the fields by compiled kernels, and leave the residual if asked; ``None`` where the scheme has none."""
+        return None
+
     def _encode(self, flat: Tensor, key: int) -> dict[str, Tensor]:
+        kernels = kernels_for(flat)
+        compiled = None if kernels is None else self._compiled(kernels, flat, key, residual=False)
+        return self._plain(flat, key) if compiled is None else compiled
+
+    def _encode_(self, flat: Tensor, key: int) -> dict[str, Tensor]:
+        kernels = kernels_for(flat)
+        compiled = None if kernels is None else self._compiled(kernels, flat, key, residual=True)
+        return super()._encode_(flat, key) if compiled is None else compiled
+
+    def _plain(self, flat: Tensor, key: int) -> dict[str, Tensor]:
         sides, codes = [flat.new_empty(0, dtype=wide(flat.dtype))], [flat.new_empty(0, dtype=torch.uint8)]
         start = 0
         for rows in self._buckets(flat):
@@ -104,8 +120,13 @@ class Quantizer(Compressor):
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
         if not out.numel():
             return
-        table = (self._levels(fields["levels"], out.dtype) * alpha).view(-1)
+        levels = self._levels(fields["levels"], out.dtype) * alpha
         size = self.bucket_size or out.numel()
+        kernels = kernels_for(out)
+        if kernels is not None:
+            kernels.add_levels_(kernels.unpack(fields["codes"], out.numel(), self.symbols), levels, size, out)
+            return
+        table = levels.view(-1)
         bits = packed_bytes(_PART, self.symbols)
         for start, packed in zip(range(0, out.numel(), _PART), torch.split(fields["codes"], bits), strict=True):
             part = out[start : start + _PART]
@@ -153,6 +174,27 @@ class RandomRounding(Quantizer):
         assert draws is not None
         side = self._settle(self._side(rows), rows, dtype)
         return side, round_randomly(rows, self._table(side).to(dtype).to(rows.dtype), draws)
+
+    def _compiled_side(self, kernels: ModuleType, flat: Tensor, size: int, limits: Tensor | None) -> Tensor | None:
+        """Return what is sent of each bucket, shape ``(buckets, side)``, not finite where a value is not.
+
+        Args:
+            kernels: see :mod:`lightning_distopt.compressors.kernels`.
+            flat: float32.
+            size: of a bucket.
+            limits: values are clipped to plus and minus these, float32, shape ``(buckets, 1)``.
+        """
+        return None
+
+    def _compiled(self, kernels: ModuleType, flat: Tensor, key: int, residual: bool) -> dict[str, Tensor] | None:
+        size = self.bucket_size or flat.numel()
+        limits = None if self.clip is None else (self.clip * kernels.deviations(flat, size)).float()[:, None]
+        side = self._compiled_side(kernels, flat, size, limits)
+        if side is None:
+            return None
+        side = torch.where(side.isfinite().all(1, keepdim=True), side, math.nan)
+        codes = kernels.round_randomly(flat, self._table(side), size, key, residual)
+        return {"levels": side.view(-1), "codes": kernels.pack(codes, self.symbols)}
 
 
 def clipped(rows: Tensor, deviations: float) -> Tensor:

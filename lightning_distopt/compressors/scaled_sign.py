@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Field, Payload, wide
 from lightning_distopt.compressors.bits import add_signs_, pack_bits
+from lightning_distopt.compressors.kernels import kernels_for
 
 __all__ = ["ScaledSign"]
 
@@ -32,15 +33,33 @@ class ScaledSign(Compressor):
         return Field("scale", wide(dtype), 1), Field("bits", torch.uint8, (numel + 7) // 8)
 
     def _encode(self, flat: Tensor, key: int) -> dict[str, Tensor]:
+        kernels = kernels_for(flat)
+        scale = self._rounded_scale(flat)
+        bits = pack_bits(flat >= 0) if kernels is None else kernels.encode_signs(flat, scale, residual=False)
+        return {"scale": scale, "bits": bits}
+
+    def _encode_(self, flat: Tensor, key: int) -> dict[str, Tensor]:
+        kernels = kernels_for(flat)
+        if kernels is None:
+            return super()._encode_(flat, key)
+        scale = self._rounded_scale(flat)
+        return {"scale": scale, "bits": kernels.encode_signs(flat, scale, residual=True)}
+
+    def _rounded_scale(self, flat: Tensor) -> Tensor:
         # Rounded to the tensor's precision here, so that it is the same number whatever dtype it is decoded into.
-        scale = self._scale(flat).to(flat.dtype).to(wide(flat.dtype))
-        return {"scale": scale.view(1), "bits": pack_bits(flat >= 0)}
+        return self._scale(flat).to(flat.dtype).to(wide(flat.dtype)).view(1)
 
     def _scale(self, flat: Tensor) -> Tensor:
-        return _mean_magnitude(flat)
+        kernels = kernels_for(flat)
+        return _mean_magnitude(flat) if kernels is None else kernels.absolute_sum(flat) / flat.numel()
 
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
-        add_signs_(fields["bits"], (fields["scale"] * alpha).to(out.dtype), out)
+        scale = (fields["scale"] * alpha).to(out.dtype)
+        kernels = kernels_for(out)
+        if kernels is None:
+            add_signs_(fields["bits"], scale, out)
+        else:
+            kernels.add_signs_(fields["bits"], scale, out)
 
     def split(self, payload: Payload, bounds: list[int]) -> list[Payload]:
         scale, bits = payload.fields["scale"], payload.fields["bits"]

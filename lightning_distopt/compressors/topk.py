@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Field, Payload, check_ratio, kept
+from lightning_distopt.compressors.kernels import kernels_for
 
 __all__ = ["TopK"]
 
@@ -44,11 +45,19 @@ class TopK(Compressor):
         n = flat.numel()
         if n > _MAX_INDEX:
             raise ValueError(f"`tensor` must have at most {_MAX_INDEX} elements for 4-byte places: got {n}. Split it.")
+        kernels = kernels_for(flat)
+        if kernels is not None:
+            places: Tensor = kernels.select_largest(flat, kept(n, self.ratio))
+            return {"values": flat[places], "indices": places}
         # torch sorts NaN above all numbers, so a non-finite entry is always sent and never hidden.
         indices = flat.abs().topk(kept(n, self.ratio), sorted=False).indices.sort().values
         return {"values": flat[indices], "indices": indices.to(torch.int32)}
 
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
+        kernels = kernels_for(out)
+        if kernels is not None and fields["values"].dtype is out.dtype:
+            kernels.scatter_add_(out, fields["indices"], fields["values"], alpha)
+            return
         out.index_add_(0, fields["indices"], fields["values"].to(out.dtype), alpha=alpha)
 
     def split(self, payload: Payload, bounds: list[int]) -> list[Payload]:
