@@ -136,7 +136,7 @@ def test_a_histogram_costs_orq_less_than_half_a_percent(levels: int, bucket: int
         exact = scheme.compress(v, KEY).fields["levels"].view(-1, levels)
     assert torch.equal(found[:, [0, -1]], exact[:, [0, -1]])
     errors = [_variance(v.view(-1, bucket).double(), table.double()) for table in (found, exact)]
-    assert errors[0] <= errors[1] * (1.005 if bucket == 2048 else 1.02), "small buckets are chosen from few values"
+    assert errors[0] <= errors[1] * (1.005 if bucket == 2048 else 1.05), "small buckets are chosen from few values"
     assert bool((found.diff() >= 0).all())
 
 
