@@ -64,6 +64,7 @@ class CommunicationMonitor(Callback):
         self._meter = getattr(trainer.strategy, "meter", None) or (_ComputedMeter(trainer) if known else Meter())
         self._started = time.perf_counter()
         self._last = self._totals()
+        self._steps, self._last_mismatch = (0, 0), 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if isinstance(self._meter, _ComputedMeter):

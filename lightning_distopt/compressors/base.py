@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -197,13 +198,19 @@ class Compressor(ABC):
         return f"{type(self).__name__}()"
 
 
-def check_ratio(ratio: float) -> float:
-    """Return ``ratio`` if it is a fraction in (0, 1]; raise a ``ValueError`` that names the rule otherwise."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+def check_ratio(ratio: object) -> float:
+    """Return ``ratio`` as a float if it is a fraction in (0, 1].
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is outside of its range.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
         raise TypeError(f"`ratio` must be a number in (0, 1]: got {ratio!r}. Use for example `ratio=0.01` to keep 1 %.")
-    if not 0.0 < ratio <= 1.0:
+    value = float(ratio)
+    if not 0.0 < value <= 1.0:
         raise ValueError(f"`ratio` must be in (0, 1], the fraction kept: got {ratio}. Use 0.01 to keep 1 %.")
-    return float(ratio)
+    return value
 
 
 def kept(numel: int, ratio: float) -> int:

@@ -40,17 +40,17 @@ KNOWN: dict[str, _Form] = {
     "linear": _Form(LinearQuantizer, int, "linear:5"),
     "onebit": _Form(OneBit, None, "onebit"),
     "dense": _Form(Dense, str, "dense:float32"),
-    "float32": _Form(lambda: Dense("float32"), None, "float32"),
-    "float16": _Form(lambda: Dense("float16"), None, "float16"),
-    "bfloat16": _Form(lambda: Dense("bfloat16"), None, "bfloat16"),
+    "fp32": _Form(lambda: Dense("float32"), None, "fp32"),
+    "fp16": _Form(lambda: Dense("float16"), None, "fp16"),
+    "bf16": _Form(lambda: Dense("bfloat16"), None, "bf16"),
 }
 _ALIASES = {
     "scaled_sign": "sign",
     "bingrad": "bingrad_b",
-    "none": "float32",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
+    "none": "fp32",
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
 }
 
 
@@ -58,6 +58,7 @@ def parse(text: str) -> Compressor:
     """Build a compressor from ``"name"``, ``"name:number"`` or ``"name:number,option=value"``.
 
     Raises:
+        TypeError: for something that is not a text.
         ValueError: for an unknown name (the known ones are listed), a missing, superfluous or unreadable argument.
 
     Example:
@@ -66,6 +67,8 @@ def parse(text: str) -> Compressor:
         >>> parse("orq:9,bucket_size=512")
         ORQ(levels=9, bucket_size=512, clip=None)
     """
+    if not isinstance(text, str):
+        raise TypeError(f"`compressor` must be a text such as 'topk:0.01': got {text!r}. Use for example 'sign'.")
     name, colon, arguments = (part.strip() for part in text.lower().partition(":"))
     form = KNOWN.get(_ALIASES.get(name, name))
     if form is None:

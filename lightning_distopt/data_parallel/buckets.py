@@ -63,6 +63,7 @@ class Group:
         begun: a micro-batch of this round has been seen, and its averaging of residuals is done.
         away: the parameters hold ``y`` or ``z``, and the anchors hold ``x``.
         stash: ``z``, while ``x`` is shown in the middle of a round.
+        bad: local step, from 1, and index of the first parameter that was not finite after a step inside the round.
     """
 
     owners: tuple[int, ...]
@@ -72,6 +73,7 @@ class Group:
     begun: bool = False
     away: bool = False
     stash: list[Tensor] = field(default_factory=list)
+    bad: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
@@ -96,6 +98,7 @@ class Group:
         self.away = False
         self.local_steps = 0
         self.stash = []
+        self.bad = None
 
     def show_common(self) -> None:
         """Swap ``x`` in, in the middle of a round."""

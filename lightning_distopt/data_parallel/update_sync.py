@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -217,6 +218,9 @@ class UpdateSync:
                 group.local_steps += 1
                 if group.local_steps >= self.config.sync_every:
                     due.append(group)
+                elif group.bad is None:  # the end of the round would find it everywhere
+                    found = first_bad_parameter([group])
+                    group.bad = None if found is None else (group.local_steps, found)
         self._end_rounds(due)
         return bool(due)
 
@@ -232,7 +236,7 @@ class UpdateSync:
         for group in groups:
             group.hide_common()
         compressed = [bucket for group in groups if not self._is_dense(group) for bucket in group.buckets]
-        if self._agree("exchange", groups, first_bad_parameter(groups), self._server.waits_for(compressed)):
+        if self._agree("exchange", groups, self._first_bad(groups), self._server.waits_for(compressed)):
             self._server.hand_over(compressed)
         overlap(self._end_round(group, bucket) for group in groups for bucket in group.buckets)
         ring = sum(ring_all_reduce_bytes(sum(p.nbytes for p in g.data), self.world) * g.local_steps for g in groups)
@@ -241,6 +245,19 @@ class UpdateSync:
             group.rounds += 1
             group.local_steps = 0
             group.begun = group.away = False
+
+    def _first_bad(self, groups: Sequence[Group]) -> int | None:
+        """Return the local step and the parameter, as one number, in which a NaN or an infinity was first seen."""
+        names = sum(len(group.names) for group in groups)
+        before, found = 0, []
+        for group in groups:
+            if group.bad is not None:
+                found.append((group.bad[0] - 1) * names + before + group.bad[1])
+            before += len(group.names)
+        if found:
+            return min(found)
+        last = first_bad_parameter(groups)
+        return None if last is None else (groups[0].local_steps - 1) * names + last
 
     def _end_round(self, group: Group, bucket: Bucket) -> Steps:
         dense = self._is_dense(group)
@@ -309,8 +326,9 @@ class UpdateSync:
             check_alike(self._lines, self.meter, device, self.group, doing_what)
         if agreement.culprit is not None:
             rank, index = agreement.culprit
-            name = [name for group in groups for name in group.names][index]
-            step = groups[0].rounds * self.config.sync_every + groups[0].local_steps - 1
+            names = [name for group in groups for name in group.names]
+            name = names[index % len(names)]
+            step = groups[0].rounds * self.config.sync_every + index // len(names)
             self.restore()
             raise NonFiniteError(
                 f"Parameter `{name}` got a NaN or an infinity on rank {rank} in step {step}, and all "
@@ -336,15 +354,18 @@ class UpdateSync:
                 group.show_common()
         self.leave()
 
-    def common_model(self) -> dict[Parameter, Tensor]:
-        """Return copies of ``x`` for the parameters that hold something else now."""
-        return {
-            param: x.to(param.dtype, copy=True)
-            for group in self._groups
-            if group.away and not group.stash
-            for bucket in group.buckets
-            for param, x in zip(bucket.params, bucket.anchor.views, strict=True)
-        }
+    @contextmanager
+    def common_model(self) -> Iterator[None]:
+        """Let the parameters hold ``x`` inside, even in the middle of a step."""
+        shown = [group for group in self._groups if group.away and not group.stash]
+        with torch.no_grad():
+            for group in shown:
+                group.show_common()
+            try:
+                yield
+            finally:
+                for group in shown:
+                    group.hide_common()
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ class CompressedDDPStrategy(DDPStrategy):
     compresses gradients inside backward instead, and the optimizer sees their average, as with ``ddp``.
 
     In manual optimization every optimizer's step is followed by an exchange of its parameters. To change parameters by
-    hand, do it in ``on_train_batch_end``: after a step inside of ``training_step`` the change would be lost (with a warning).
+    hand, do it in ``on_train_batch_end``: inside of ``training_step`` a change that no optimizer's step follows would be lost
+    (with a warning).
 
     Memory a rank, beyond ``ddp``'s parameters, gradients and optimizer: two copies of the parameters (``x`` during a
     step, and ``e``), ``1 / W`` copy (sharded server) or one (server compression elsewhere), and two buckets; less the
@@ -65,17 +66,17 @@ class CompressedDDPStrategy(DDPStrategy):
             feedback), or "none" (compress gradients, forget what is left out: for unbiased or 16-bit compressors).
         coefficient: share of the residual that is stepped ahead, in [0, 1]; ``None`` is 1 for "step_ahead", 0 for
             "local". 0.3 is DEF, 0.85 SA-PEF.
-        averaging_period: average the residuals over ranks, uncompressed, every this many steps; 0 is never.
-            Costs ``1 / averaging_period`` of ``ddp``'s bytes. arXiv:2008.05823 uses 20 with top-k.
+        averaging_period: average the residuals over ranks, uncompressed, before every this many-th exchange; 0 is never.
+            Costs ``1 / averaging_period`` of ``ddp``'s bytes, less with ``sync_every``. arXiv:2008.05823 uses 20 with top-k.
         server_compression: compress the average again, with a residual of its own; ``None`` is true for
             "sharded_server" (where it halves the bytes) and false otherwise (where it would save none).
         exchange: "all_reduce" (payloads that can be summed), "all_gather" (bytes grow with the ranks), "sharded_server"
             (about two payloads a rank on any number of ranks), or "auto": the first that fits, all-gather up to 8 ranks.
-        dense_steps: optimizer steps at the start that send everything, at least 0.
+        dense_steps: exchanges at the start that send everything (each of ``sync_every`` optimizer steps), at least 0.
         sync_every: local optimizer steps between exchanges, at least 1; divides all bytes by it. Between exchanges each rank
             holds parameters of its own, so callbacks that average weights need 1.
         scope: "tensor" compresses each parameter by itself; "model" all of them as one vector (one scale for "sign", as
-            in arXiv:2008.05823), which needs one bucket of the model's size.
+            in arXiv:2008.05823; one vector a dtype and optimizer), which needs one bucket of the model's size.
         bucket_mb: megabytes compressed while the bucket before is on the network, above 0; a larger parameter is a
             bucket of its own. More buckets overlap better, fewer cost less latency.
         strict_sidecars: raise an error on all ranks, instead of a warning, where a rank's file beside a checkpoint is
@@ -135,6 +136,7 @@ class CompressedDDPStrategy(DDPStrategy):
             make_exchange(self.exchange, self.compressor, Meter())
         self.meter = Meter()
         self.run_id = 0
+        self._shared_seed = 0
         # As in DistributedDataParallel: torch 2.15 renamed `broadcast_buffers`, which also spared the first broadcast.
         in_forward, spared = ddp_kwargs.get("forward_sync_buffers"), ddp_kwargs.get("broadcast_buffers") is False
         self._sends_buffers = not spared if in_forward is None else bool(in_forward)
@@ -202,9 +204,10 @@ class CompressedDDPStrategy(DDPStrategy):
         self._refuse_tensors_that_cannot_be_compressed()
         self.meter = Meter()
         world = dist.get_world_size()
-        run_id = torch.tensor(secrets.randbits(62), device=self.root_device)
-        broadcast_([run_id], self.meter, "setup")
-        self.run_id = int(run_id)
+        # Ranks may have seeded themselves differently; what they draw together must not depend on it.
+        shared = torch.tensor([secrets.randbits(62), _seed()], device=self.root_device)
+        broadcast_([shared], self.meter, "setup")
+        self.run_id, self._shared_seed = shared.tolist()
         if world > 1:
             named = self.lightning_module.named_parameters()
             lines = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in named]
@@ -235,9 +238,10 @@ class CompressedDDPStrategy(DDPStrategy):
             sync_every=self.sync_every,
             scope=self.scope,
             bucket_bytes=self.bucket_mb * 2**20,
-            seed=_seed(),
+            seed=self._shared_seed,
         )
         self._local_steps = LocalSteps(self, UpdateSync(config, self.meter), self._sends_buffers)
+        self._rank_state.go_on(self._local_steps.sync)
 
     def _serves(self, exchange: str) -> bool:
         return exchange == "sharded_server" if self.server_compression is None else self.server_compression
@@ -290,8 +294,9 @@ class CompressedDDPStrategy(DDPStrategy):
             self._serves(exchange),
             self.dense_steps,
             self.meter,
-            _seed(),
+            self._shared_seed,
         )
+        self._rank_state.go_on(self._gradient_sync)
         self.model.register_comm_hook(self._gradient_sync, _hook)
 
     def teardown(self) -> None:
@@ -367,14 +372,12 @@ class CompressedDDPStrategy(DDPStrategy):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        state = super().lightning_module_state_dict()
-        common = {} if self.update_sync is None else self.update_sync.common_model()
-        if common:  # saved inside a step or a round: the checkpoint holds the common model
-            assert self.lightning_module is not None
-            for name, parameter in self.lightning_module.named_parameters(remove_duplicate=False):
-                if parameter in common and name in state:
-                    state[name] = common[parameter]
-        return state
+        sync = self.update_sync
+        if sync is None or not sync.away:
+            return super().lightning_module_state_dict()
+        with sync.common_model():  # saved inside a step or a round: the checkpoint holds the common model
+            state = super().lightning_module_state_dict()
+            return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         self._rank_state.write(checkpoint, filepath)
@@ -403,5 +406,5 @@ def _hook(sync, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotat
 
 
 def _seed() -> int:
-    """The seed of ``seed_everything``, the same on every rank; 0 without."""
+    """Return this process's seed of ``seed_everything``; 0 without."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))

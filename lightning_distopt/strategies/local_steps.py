@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -49,6 +50,9 @@ class LocalSteps:
         self._stepping = False
         self._bare: Optimizer | None = None
         self._norms_ahead: Tensor | None = None
+        self._untouched = True  # no step yet in this `training_step`
+        self._stepped = True  # since buffers were last counted
+        self._buffer_bytes = 0
         self._warned = False
         # `self.optimizers(use_pl_optimizer=False)` steps without passing through Lightning, and its steps count, too.
         self._hooks = [
@@ -74,10 +78,16 @@ class LocalSteps:
             return output
         self._track()
         if self._buffers_due:
-            self._strategy.meter.dense_bytes += self.broadcast_buffers("buffers")  # ddp sends them too
+            self._buffer_bytes = self.broadcast_buffers("buffers")
             self._buffers_due = False
+        if self._stepped:
+            self._strategy.meter.dense_bytes += self._buffer_bytes  # ddp sends them before every step
+            self._stepped = False
         self.sync.enter()
         self._in_training_step = True
+        self._untouched = True
+        if not self._module.automatic_optimization:
+            self._norms_ahead = self._norms()
         try:
             output = run()
         finally:
@@ -106,23 +116,52 @@ class LocalSteps:
         return output
 
     def _before_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._stepping and self._number_of(optimizer) is not None:
+        if not self._stepping and self._owners_of(optimizer):
             self._begin()
             self._bare = optimizer
 
     def _after_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        number = self._number_of(optimizer)
-        if self._bare is optimizer and number is not None:
+        if self._bare is optimizer:
             self._bare = None
-            self._end(number)
+            for number in self._owners_of(optimizer):
+                self._end(number)
+
+    def _owners_of(self, optimizer: Optimizer) -> list[int]:
+        """Return the strategy's optimizers that a step of this one is a step of: itself, or those it works for.
+
+        Raises:
+            MisconfigurationException: if it would step trainable parameters that no optimizer of the strategy holds.
+        """
+        number = self._number_of(optimizer)
+        if number is not None:
+            return [number]
+        theirs = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        owners = [
+            number
+            for number, known in enumerate(self._strategy.optimizers)
+            if any(parameter in theirs for group in known.param_groups for parameter in group["params"])
+        ]
+        mine = {p: name for name, p in self._module.named_parameters() if p.requires_grad}
+        if not owners and not theirs.isdisjoint(mine):
+            name = next(mine[parameter] for parameter in theirs if parameter in mine)
+            raise MisconfigurationException(
+                f"A {type(optimizer).__name__} steps `{name}` and was not returned from `configure_optimizers`, so its updates "
+                "would not be exchanged and ranks would drift apart. Return every optimizer from `configure_optimizers`, or "
+                "use `error_feedback='none'`."
+            )
+        return owners
 
     def _begin(self) -> None:
+        if self._untouched:
+            self._norms_ahead = None  # what changed before the first step is part of it
+        self._untouched = False
         self._warn_of_edits()
         self.sync.enter()  # the gradients were, or will be, taken at y
         self._stepping = True
 
     def _end(self, number: int) -> None:
         self._stepping = False
+        self._stepped = True
         if self.sync.exchange(number):
             self._buffers_due = True
         if self._in_training_step and not self._module.automatic_optimization:
@@ -191,7 +230,7 @@ class LocalSteps:
             return
         self._warned = True
         rank_zero_warn(
-            "`training_step` changed parameters after an optimizer's step. With error feedback they hold `x - e` there, "
-            "which is dropped at the end of `training_step`, and the change with it. Change parameters in "
-            "`on_train_batch_end`, where they hold the common model."
+            "`training_step` changed parameters, and no optimizer's step followed. With error feedback they hold `x - e` "
+            "there, which is dropped at the end of `training_step`, and the change with it. Change parameters in "
+            "`on_train_batch_end`, where they hold the common model, or let an optimizer make the change."
         )

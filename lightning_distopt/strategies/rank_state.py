@@ -7,6 +7,7 @@ restored starts from zero, which is a valid state, though the auxiliary point ``
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from lightning_distopt.strategies.checkpoint import (
 )
 
 if TYPE_CHECKING:
+    from lightning_distopt.data_parallel import GradientSync, UpdateSync
     from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 
 __all__ = ["RankState"]
@@ -44,6 +46,7 @@ class RankState:
     def __init__(self, strategy: CompressedDDPStrategy) -> None:
         self._strategy = strategy
         self._kept: dict[str, Any] | None = None
+        self._kept_of: weakref.ref[Any] | None = None
         self.path: str | None = None
         self.lost = 0
 
@@ -52,6 +55,12 @@ class RankState:
         sync = self._strategy.update_sync or self._strategy.gradient_sync
         if sync is not None:
             self._kept = move_data_to_device(sync.state_dict(), "cpu")
+            self._kept_of = weakref.ref(self._strategy.lightning_module)
+
+    def go_on(self, sync: UpdateSync | GradientSync) -> None:
+        """Let another fit of the same module in the same processes continue with the residuals of the one before."""
+        if self._kept is not None and self._kept_of is not None and self._kept_of() is self._strategy.lightning_module:
+            sync.load_state_dict(move_data_to_device(self._kept, self._strategy.root_device))
 
     # ---- write ------------------------------------------------------------------------------------------------------
 

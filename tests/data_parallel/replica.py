@@ -104,8 +104,8 @@ class Replica:
     @property
     def x(self) -> Tensor:
         """The common model, wherever it is kept now."""
-        common = self.sync.common_model()
-        return flat({n: common.get(p, p) for n, p in self.params.items()})
+        with self.sync.common_model():
+            return flat(self.params)
 
     @property
     def e(self) -> Tensor:

@@ -153,3 +153,26 @@ def test_the_first_bad_tensor_is_found_among_missing_and_sparse_ones() -> None:
     sparse = torch.sparse_coo_tensor([[0, 0]], [1.0, float("nan")], (3,), check_invariants=True)
     assert first_non_finite([None, torch.ones(2), sparse, torch.full((1,), float("inf"))]) == 2
     assert first_non_finite([None, torch.ones(2), torch.zeros(0)]) is None
+
+
+def _fails_early(rank: int, world: int) -> str:
+    """Rank 1 gets a NaN in the second of four local steps; the round ends two steps later."""
+    replica = Replica(config(sync_every=4))
+    replica.run(4)
+    try:
+        for step in range(4):
+            replica.track()
+            replica.sync.enter()
+            replica.take_gradients()
+            if (rank, step) == (1, 1):
+                replica.params["v"].grad[7, 1] = float("nan")  # type: ignore[index]
+            replica.local_step()
+            replica.sync.exchange()
+    except NonFiniteError as error:
+        return str(error)
+    return "no error"
+
+
+def test_inside_a_round_the_first_bad_step_is_named() -> None:
+    for message in run_ranks(2, _fails_early):
+        assert message.startswith("Parameter `v` got a NaN or an infinity on rank 1 in step 5, and all 2 ranks")

@@ -119,7 +119,7 @@ def test_a_model_without_trainable_parameters_does_nothing() -> None:
     assert sync.exchange() is False
     sync.flush()
     sync.show_common()
-    assert (sync.common_model(), sync.residual_norm(), sync.mismatch()) == ({}, 0.0, 0.0)
+    assert (sync.away, sync.residual_norm(), sync.mismatch()) == (False, 0.0, 0.0)
 
 
 def test_parameters_that_are_not_contiguous_train() -> None:

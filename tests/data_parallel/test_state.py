@@ -34,7 +34,8 @@ ways = pytest.mark.parametrize("way", WAYS)
 def saved(replica: Replica) -> bytes:
     """What a checkpoint holds: the common model, and this rank's optimizer and engine."""
     file = io.BytesIO()
-    x = {name: replica.sync.common_model().get(p, p.detach()) for name, p in replica.params.items()}
+    with replica.sync.common_model():
+        x = {name: p.detach().clone() for name, p in replica.params.items()}
     torch.save(
         {
             "x": x,

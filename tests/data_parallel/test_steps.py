@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.data_parallel.replica import SHAPES, SIZES, Replica, config, flat, my_rank
+from tests.data_parallel.replica import SIZES, Replica, config, flat, my_rank
 from tests.data_parallel.together import together
 from tests.ranks import run_ranks
 
@@ -30,8 +30,9 @@ def trained(steps: int = 5, **changes: Any) -> Replica:
 
 def test_between_steps_the_parameters_hold_the_common_model() -> None:
     replica = trained()
+    x = flat(replica.params)
     assert not replica.sync.away
-    assert replica.sync.common_model() == {}
+    assert same(replica.x, x)
 
 
 def test_enter_moves_the_parameters_ahead_by_the_coefficients_share_of_the_residual() -> None:
@@ -134,10 +135,9 @@ def test_the_common_model_can_be_read_inside_a_step() -> None:
     x = flat(replica.params)
     replica.sync.enter()
     assert not same(flat(replica.params), x)
+    y = flat(replica.params)
     assert same(replica.x, x)
-    common = replica.sync.common_model()
-    next(iter(common.values())).zero_()  # a copy
-    assert same(replica.x, x)
+    assert same(flat(replica.params), y), "and the step goes on where it was"
 
 
 # ---- several local steps a round -------------------------------------------------------------------------------------
@@ -168,11 +168,13 @@ def test_looking_at_the_common_model_does_not_change_training(looks: list[int]) 
     assert same(plain.e, watched.e)
 
 
-def test_common_model_is_empty_while_the_common_model_is_shown() -> None:
+def test_the_common_model_can_be_read_while_it_is_shown() -> None:
     replica = trained(sync_every=3, steps=7)
-    assert len(replica.sync.common_model()) == len(SHAPES)
+    x, z = replica.x, flat(replica.params)
+    assert not same(x, z)
     replica.sync.show_common()
-    assert replica.sync.common_model() == {}
+    assert same(replica.x, x)
+    assert same(flat(replica.params), x)
 
 
 def test_leaving_in_the_middle_of_a_round_changes_nothing() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer
@@ -237,3 +237,16 @@ def test_a_metric_is_reduced_over_the_ranks() -> None:
         assert_same_on_all_ranks(trainer.callback_metrics["val_loss"])
 
     fit(Net(), compressed(), 5, limit_val_batches=1, callbacks=[At(validation_end=check)])
+
+
+class OwnSeed(Net):
+    """Every rank seeds itself, as is usual under ``ddp``."""
+
+    def setup(self, stage: str) -> None:
+        seed_everything(7 + self.trainer.global_rank, verbose=False)
+
+
+@pytest.mark.parametrize("error_feedback", ["step_ahead", "none"])
+def test_ranks_with_seeds_of_their_own_draw_alike_what_they_share(error_feedback: str) -> None:
+    strategy = compressed(compressor="random_block:0.3", error_feedback=error_feedback)
+    fit(OwnSeed(), strategy, 4, callbacks=[Agree()])

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from tests.strategies.fits import Agree, At, State, compressed, distance, fit, flat, gathered, warnings_to
+from tests.strategies.fits import Agree, At, Failures, State, compressed, distance, fit, flat, gathered, warnings_to
 from tests.strategies.models import Manual
 
 DDP = "ddp_fork_find_unused_parameters_true"  # each loss uses a part of the parameters
@@ -195,8 +195,93 @@ def test_parameters_changed_after_a_step_are_mentioned(tmp_path: Path) -> None:
     with warnings_to(tmp_path / "warnings"):
         run(Clipped, compressed(), 1)
     said = (tmp_path / "warnings").read_text()
-    assert said.count("`training_step` changed parameters after an optimizer's step") == 1
+    assert said.count("`training_step` changed parameters, and no optimizer's step followed") == 1
     assert "`on_train_batch_end`" in said
+
+
+def test_a_step_by_hand_is_mentioned(tmp_path: Path) -> None:
+    class ByHand(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            with torch.no_grad():
+                for parameter in self.net.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+
+    with warnings_to(tmp_path / "warnings"):
+        run(ByHand, compressed(), 1)
+    said = (tmp_path / "warnings").read_text()
+    assert said.count("`training_step` changed parameters, and no optimizer's step followed") == 1
+    assert "let an optimizer make the change" in said
+
+
+class SharpnessAware(SGD):
+    """Steps an optimizer of its own, at weights that it has moved and moved back (SAM)."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.05)
+        self.inner = SGD(self.param_groups, lr=0.05)
+
+    @torch.no_grad()
+    def climb(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["before"] = p.clone()
+                p.add_(p.grad, alpha=0.01)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.state[p]["before"])
+        self.inner.step()
+        self.zero_grad()
+
+
+class SharpnessAwareModule(Manual):
+    def configure_optimizers(self) -> Any:
+        return SharpnessAware(self.net.parameters())
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        self.manual_backward(self.loss(batch))
+        optimizer.climb()
+        self.manual_backward(self.loss(batch))
+        optimizer.descend()
+
+
+def test_an_optimizer_that_steps_another_one_trains_as_under_ddp() -> None:
+    # with one step a batch of a linear optimizer, the average of the steps is the step of the average, but for the climb
+    assert distance(run(SharpnessAwareModule, compressed(compressor="fp32")), run(SharpnessAwareModule, DDP)) < 0.01
+    run(SharpnessAwareModule, compressed(), callbacks=[Agree()])
+
+
+class OwnOptimizer(Manual):
+    """Hides its optimizer from Lightning."""
+
+    def configure_optimizers(self) -> Any:
+        self.own = SGD(self.net.parameters(), lr=0.05)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch))
+        self.own.step()
+        self.own.zero_grad()
+
+
+class OneOfTwo(OwnOptimizer):
+    """Returns an optimizer of the last layer, and hides that of the first."""
+
+    def configure_optimizers(self) -> Any:
+        self.own = SGD(self.net[0].parameters(), lr=0.05)
+        return SGD(self.net[-1].parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("module", [OwnOptimizer, OneOfTwo])
+def test_an_optimizer_that_lightning_does_not_know_is_refused(module: type[Manual], tmp_path: Path) -> None:
+    for note in Failures(tmp_path).fit(module(), compressed()):
+        assert "SGD steps `net.0.weight` and was not returned from `configure_optimizers`" in note
+        assert "`error_feedback='none'`" in note
 
 
 def test_parameters_changed_between_batches_stay_changed() -> None:

@@ -167,16 +167,43 @@ def test_a_checkpoint_saved_after_the_fit_keeps_the_residuals(tmp_path: Path) ->
 
 def test_a_second_fit_of_one_trainer_goes_on(tmp_path: Path) -> None:
     def one_process(rank: int, world: int) -> None:
-        again = trainer("compressed_ddp", -1, devices=1, max_epochs=1)
+        norms: list[float] = []
+        note = At(before_backward=lambda trainer, module: norms.append(trainer.strategy.update_sync.residual_norm()))
+        again = trainer("compressed_ddp", -1, devices=1, max_epochs=1, callbacks=[note])
         module = Net()
         again.fit(module)
         first = {name: value.clone() for name, value in module.state_dict().items()}
         again.fit_loop.max_epochs = 2
+        ended = At(train_end=lambda t, m: norms.append(t.strategy.update_sync.state_dict()["groups"]["0"]["rounds"]))
+        again.callbacks.append(ended)
         again.fit(module)
         assert distance(first, module.state_dict()) > 0
         assert again.global_step == 10
+        assert norms[0] == 0
+        assert norms[5] > norms[1] > 0, "the second fit starts with the residuals of the first"
+        assert norms[-1] == 10, "and counts on"
 
     run_ranks(1, one_process)
+
+
+def test_a_checkpoint_inside_a_round_holds_the_common_model_whatever_the_module_calls_it(tmp_path: Path) -> None:
+    class Renaming(Net):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return {f"my.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+    def save(trainer: Any, module: Any) -> None:
+        if trainer.global_step == 5:
+            trainer.save_checkpoint(tmp_path / "inside.ckpt")
+            with trainer.strategy.update_sync.common_model():
+                x = module.net[0].weight.detach().clone()
+            torch.save((x, module.net[0].weight.detach().clone()), tmp_path / f"{trainer.global_rank}.pt")
+
+    fit(Renaming(), compressed(sync_every=3), 6, callbacks=[At(train_batch_end=save)])
+    weights = torch.load(tmp_path / "inside.ckpt", weights_only=True)["state_dict"]["my.net.0.weight"]
+    (x, z), (other, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert torch.equal(weights, x)
+    assert torch.equal(x, other)
+    assert not torch.equal(x, z)
 
 
 # --- another number of ranks, another strategy ----------------------------------------------------------------------
