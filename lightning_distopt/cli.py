@@ -61,6 +61,17 @@ def strategies(args: Sequence[str]) -> int:
     return 0
 
 
+def advise(args: Sequence[str]) -> int:
+    """Predict step times; see :mod:`lightning_distopt.advice.command`."""
+    from lightning_distopt.advice.command import run
+
+    try:
+        return run(args)
+    except ValueError as error:
+        print(f"distopt advise: {error}", file=sys.stderr)
+        return 2
+
+
 LIGHTNING_COMMANDS: dict[str, str] = {
     "fit": "train a model, validating as the trainer's settings say",
     "validate": "one pass over the validation data",
@@ -69,6 +80,7 @@ LIGHTNING_COMMANDS: dict[str, str] = {
 }
 
 COMMANDS: dict[str, Command] = {
+    "advise": Command(advise, "predict the step time of every compressor, on this network or on an imagined one"),
     "strategies": Command(strategies, "list every strategy that importing this package registers"),
 }
 
@@ -121,7 +133,7 @@ class DistoptCLI(LightningCLI):
     partition the model. Modules take ``OptimizerCallable`` and build theirs in ``configure_optimizers``.
     """
 
-    def __init__(self, args: ArgsType = None) -> None:
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         names = ", ".join(LIGHTNING_COMMANDS)
         super().__init__(
             save_config_callback=RunConfigCallback,
@@ -130,6 +142,7 @@ class DistoptCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_kwargs={"prog": "distopt", "description": f"Lightning's own sub-commands of distopt: {names}."},
             args=args,
+            run=run,
         )
 
 
@@ -155,7 +168,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"lightning_distopt {lightning_distopt.__version__}")
         return 0
     if words[0] in COMMANDS:
-        return COMMANDS[words[0]].run(words[1:])
+        with _command_line(words):
+            return COMMANDS[words[0]].run(words[1:])
     if words[0] not in LIGHTNING_COMMANDS and not words[0].startswith("-"):
         print(_unknown(words[0]), file=sys.stderr)
         return 2

@@ -143,7 +143,7 @@ class LocalSteps:
         ]
         mine = {p: name for name, p in self._module.named_parameters() if p.requires_grad}
         if not owners and not theirs.isdisjoint(mine):
-            name = next(mine[parameter] for parameter in theirs if parameter in mine)
+            name = next(name for parameter, name in mine.items() if parameter in theirs)
             raise MisconfigurationException(
                 f"A {type(optimizer).__name__} steps `{name}` and was not returned from `configure_optimizers`, so its updates "
                 "would not be exchanged and ranks would drift apart. Return every optimizer from `configure_optimizers`, or "

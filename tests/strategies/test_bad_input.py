@@ -47,7 +47,7 @@ class Whole(Doubled):
     splittable = False
 
 
-KNOWN = "'topk:0.01', 'sign', 'random_block:0.01', 'dense:float32', 'float32', 'float16', 'bfloat16'"
+KNOWN = "'topk:0.01', 'sign', 'random_block:0.01', 'bingrad_b', 'bingrad_pb', 'orq:5'"
 
 WRONG = [
     # argument, exception, parts of the message: rule, value, cure

@@ -277,6 +277,7 @@ class OneOfTwo(OwnOptimizer):
         return SGD(self.net[-1].parameters(), lr=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 @pytest.mark.parametrize("module", [OwnOptimizer, OneOfTwo])
 def test_an_optimizer_that_lightning_does_not_know_is_refused(module: type[Manual], tmp_path: Path) -> None:
     for note in Failures(tmp_path).fit(module(), compressed()):

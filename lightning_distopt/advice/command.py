@@ -1,0 +1,84 @@
+"""The sub-command ``distopt advise``: whether compression pays, here or on a cluster that is not at hand."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lightning_distopt.advice.candidates import CANDIDATES
+from lightning_distopt.advice.cost_model import Link, Workload
+from lightning_distopt.advice.measure import measure_codec
+from lightning_distopt.advice.probe import AdviceProbe
+from lightning_distopt.advice.report import parse_bandwidth, parse_seconds
+
+__all__ = ["HELP", "run"]
+
+HELP = "predict the step time of every compressor, on this network or on an imagined one"
+_EXAMPLES = """\
+examples:
+  distopt advise --config recipes/resnet/configs/demo.yaml
+      (measure model, link and compressors with the config's processes)
+  distopt advise --ranks 64 --bandwidth 10gbit --latency 0.5ms --elements 25e6 --compute 120ms --picture advice.png
+      (measure only the compressors, imagine the rest)
+  distopt advise --config my.yaml --ranks 64 --bandwidth 10gbit --latency 0.5ms
+      (measure the model too)
+"""
+
+
+def run(args: Sequence[str]) -> int:
+    """Measure, predict, print, draw.
+
+    Raises:
+        ValueError: for a bandwidth, latency or number outside its range.
+    """
+    parser = argparse.ArgumentParser(
+        prog="distopt advise",
+        description=f"{HELP[0].upper()}{HELP[1:]}. What follows `--config` is as in `distopt fit`.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ranks", type=int, help="ranks to imagine, 2 to 4096; the config's own if left out")
+    parser.add_argument(
+        "--bandwidth", help="of each rank's link and direction, for example 10gbit; measured if left out"
+    )
+    parser.add_argument("--latency", help="of a message, for example 0.5ms or 30us (default 0.1ms with --bandwidth)")
+    parser.add_argument("--elements", type=float, help="trainable parameters, without --config (default 25e6)")
+    parser.add_argument("--compute", help="a step without communication, without --config (default 100ms)")
+    parser.add_argument("--picture", type=Path, help="draw step times into this PNG")
+    options, rest = parser.parse_known_args(args)
+    if options.ranks is not None and not 2 <= options.ranks <= 4096:
+        raise ValueError(f"`--ranks` must be from 2 to 4096: got {options.ranks}. Write for example --ranks 64.")
+    link = None
+    if options.bandwidth is not None:
+        link = Link(parse_bandwidth(options.bandwidth), parse_seconds(options.latency or "0.1ms"))
+    elif options.latency is not None:
+        raise ValueError(f"`--latency {options.latency}` needs `--bandwidth`: otherwise both are measured. Add it.")
+    probe = AdviceProbe(link, options.ranks, options.picture)
+    if rest:
+        _with_config(rest, probe)
+        return 0
+    if link is None or options.ranks is None:
+        raise ValueError(
+            "`distopt advise` needs a `--config` to measure, or `--ranks` and `--bandwidth` to imagine a cluster: got "
+            f"{' '.join(args) or 'nothing'}. See `distopt advise --help`."
+        )
+    compute = parse_seconds(options.compute or "100ms")
+    numel = int(options.elements or 25e6)
+    work = Workload(numel, compute / 3, 2 / 3 * compute, max(1, round(4 * numel / (25 * 2**20))))
+    codecs = {candidate.text: measure_codec(candidate, torch.device("cpu")) for candidate in CANDIDATES}
+    probe.advise(work, link, codecs, options.ranks, speaks=True)
+    return 0
+
+
+def _with_config(words: Sequence[str], probe: AdviceProbe) -> None:
+    from lightning_distopt.cli import DistoptCLI  # the floor above: the command line of a command
+
+    cli = DistoptCLI(list(words), run=False)
+    trainer = cli.trainer
+    trainer.callbacks.append(probe)  # type: ignore[attr-defined]
+    trainer.limit_val_batches = trainer.num_sanity_val_steps = 0
+    trainer.fit(cli.model, datamodule=cli.datamodule)

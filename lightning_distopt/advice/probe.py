@@ -1,0 +1,87 @@
+"""A callback that measures model, link and codecs at the start of a fit, says what it found, and ends the fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_distopt.advice.candidates import CANDIDATES
+from lightning_distopt.advice.cost_model import CodecSpeed, Link, Workload
+from lightning_distopt.advice.measure import _timed, measure_codec, measure_link
+from lightning_distopt.advice.report import draw, print_table
+
+__all__ = ["AdviceProbe"]
+
+_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's
+_REPEATS = 5
+
+
+class AdviceProbe(Callback):
+    """Measures and advises; trains nothing.
+
+    Args:
+        link: the link to assume; ``None`` measures the process group's.
+        ranks: the number of ranks to assume; ``None`` takes the process group's.
+        picture: where to draw the step times, or ``None``.
+    """
+
+    def __init__(self, link: Link | None = None, ranks: int | None = None, picture: Path | None = None) -> None:
+        self.link = link
+        self.ranks = ranks
+        self.picture = picture
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rank_zero_info("Measuring forward and backward ...")
+        device = trainer.strategy.root_device
+        batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))  # type: ignore[arg-type]
+        work = self.workload(trainer, pl_module, batch)
+        link = self.link
+        if link is None:
+            rank_zero_info("Measuring the link ...")
+            link = measure_link(device)
+        rank_zero_info("Measuring the compressors ...")
+        codecs = {c.text: measure_codec(c, device, min(1 << 22, max(1 << 16, work.numel))) for c in CANDIDATES}
+        self.advise(work, link, codecs, self.ranks or trainer.world_size, trainer.is_global_zero)
+        trainer.should_stop = True  # before the first epoch
+
+    def advise(self, work: Workload, link: Link, codecs: dict[str, CodecSpeed], ranks: int, speaks: bool) -> None:
+        """Print the table and draw the picture, on one rank."""
+        if speaks:
+            print_table(work, link, codecs, ranks)
+            if self.picture is not None:
+                draw(self.picture, work, link.latency, codecs, ranks)
+                rank_zero_info(f"Wrote {self.picture}.")
+
+    def workload(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Workload:
+        """Time forward and backward of one batch on every rank, without communication; the slowest rank counts."""
+        device = trainer.strategy.root_device
+        forward, backward = [], []
+        silent: Any = lambda *args, **kwargs: None  # noqa: E731  # what is logged here belongs to no step
+        module.log, module.log_dict = silent, silent  # type: ignore[method-assign]
+        for _ in range(_REPEATS + 1):
+            found: list[Any] = []
+            with trainer.precision_plugin.forward_context():
+                forward.append(_timed(lambda found=found: found.append(module.training_step(batch, 0)), device))  # type: ignore[misc]
+            loss = found[0]["loss"] if isinstance(found[0], dict) else found[0]
+            if isinstance(loss, Tensor) and module.automatic_optimization:
+                backward.append(_timed(loss.backward, device))
+            else:  # manual optimization: backward is inside, about two thirds
+                backward.append(2 / 3 * forward[-1])
+                forward[-1] /= 3
+            module.zero_grad()
+        del module.log, module.log_dict
+        seconds = torch.tensor([median(forward[1:]), median(backward[1:])], dtype=torch.float64, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        params = [p for p in module.parameters() if p.requires_grad]
+        buckets = max(1, round(sum(p.nbytes for p in params) / _BUCKET_BYTES))
+        slowest_forward, slowest_backward = seconds.tolist()
+        return Workload(sum(p.numel() for p in params), slowest_forward, slowest_backward, buckets)

@@ -1,0 +1,91 @@
+"""The cost model against hand-made time lines, and its limits: no network, one rank, an endless link."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_distopt.advice import CANDIDATES, Candidate, CodecSpeed, Link, Workload, crossover, predict, rank_methods
+
+DENSE = Candidate("fp32", "fp32", "gradients")
+HALF = Candidate("bf16", "bf16", "gradients")
+SIGN = Candidate("sign", "sign", "updates")
+FREE = CodecSpeed(0.0, 0.0)
+NUMEL = 8_000_000  # 32 MB
+
+
+def test_one_bucket_of_gradients_waits_for_its_all_reduce() -> None:
+    work, link = Workload(NUMEL, 0.1, 0.2), Link(1e8, 0.001)
+    found = predict(DENSE, work, link, FREE, 4)
+    network = 6 * 0.001 + 2 * 32e6 * 3 / 4 / 1e8
+    assert found.seconds == pytest.approx(0.1 + 0.2 + network)
+    assert (found.exchange, found.nbytes) == ("all_reduce", 2 * 32e6 * 3 / 4)
+
+
+def test_buckets_hide_the_network_behind_backward() -> None:
+    # forward 0.1; backward 0.05 a bucket; 0.03 on the network each: only the last one shows
+    work = Workload(NUMEL, 0.1, 0.2, buckets=4)
+    link = Link(8e6 / 0.03, 0.0)  # two ranks: 8 MB a bucket in all
+    assert predict(DENSE, work, link, FREE, 2).seconds == pytest.approx(0.1 + 0.2 + 0.03)
+
+
+def test_a_network_slower_than_backward_is_a_queue() -> None:
+    # the first bucket is ready at 0.15; four of 0.1 follow one another
+    work = Workload(NUMEL, 0.1, 0.2, buckets=4)
+    assert predict(DENSE, work, Link(8e6 / 0.1, 0.0), FREE, 2).seconds == pytest.approx(0.15 + 4 * 0.1)
+
+
+def test_updates_are_encoded_while_the_bucket_before_travels() -> None:
+    # ready at 0.3; encode 0.02 each; 0.05 on the network each, from 0.32 on; decode 2 payloads of 0.01
+    work = Workload(NUMEL, 0.1, 0.2, buckets=2)
+    payload = SIGN.compressor.nbytes(NUMEL) / 2
+    codec = CodecSpeed(0.02 / (NUMEL / 2), 0.005 / (NUMEL / 2))
+    found = predict(SIGN, work, Link(payload / 0.05, 0.0), codec, 2)
+    # network 0.32 to 0.37 and 0.37 to 0.42; decoding starts at 0.37 and at 0.42
+    assert found.seconds == pytest.approx(0.42 + 2 * 0.005)
+    assert found.exchange == "all_gather"
+
+
+def test_one_rank_sends_nothing() -> None:
+    found = predict(SIGN, Workload(NUMEL, 0.1, 0.2), Link(1.0, 1.0), CodecSpeed(1.0, 1.0), 1)
+    assert (found.seconds, found.nbytes) == (pytest.approx(0.3), 0)
+
+
+def test_a_server_shared_by_all_sends_as_much_on_any_number_of_ranks() -> None:
+    work, link = Workload(NUMEL, 0.1, 0.2), Link(1e9, 1e-6)
+    sent = [predict(SIGN, work, link, CodecSpeed(0, 1e-9), world).nbytes for world in (16, 256, 4096)]
+    assert max(sent) / min(sent) < 1.07
+    assert predict(SIGN, work, link, CodecSpeed(0, 1e-9), 4096).exchange == "sharded_server"
+
+
+def test_an_endless_link_leaves_the_codec() -> None:
+    work, codec = Workload(NUMEL, 0.1, 0.2), CodecSpeed(1e-9, 2e-9)
+    assert predict(HALF, work, Link(1e18, 0.0), codec, 2).seconds == pytest.approx(0.3 + 3e-9 * NUMEL)
+
+
+def test_the_crossover_is_where_both_are_equal() -> None:
+    work, codecs = Workload(NUMEL, 0.1, 0.2), {"sign": CodecSpeed(2e-9, 1e-9), "bf16": CodecSpeed(1e-9, 1e-9)}
+    limit = crossover(SIGN, HALF, work, 1e-4, codecs, 2)
+    ours, theirs = (predict(c, work, Link(limit, 1e-4), codecs[c.text], 2).seconds for c in (SIGN, HALF))
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert predict(SIGN, work, Link(limit / 2, 1e-4), codecs["sign"], 2).seconds < theirs * 1.5
+
+
+def test_what_is_never_faster_has_no_crossover() -> None:
+    codecs = {"fp32": FREE, "bf16": FREE}
+    assert crossover(DENSE, HALF, Workload(NUMEL, 0.1, 0.2), 1e-4, codecs, 2) == 0
+
+
+def test_the_ranking_is_by_seconds() -> None:
+    codecs = {c.text: FREE for c in CANDIDATES}
+    ranked = rank_methods(Workload(NUMEL, 0.1, 0.2), Link(1e7, 1e-4), codecs, 2, CANDIDATES)
+    assert [p.seconds for p in ranked] == sorted(p.seconds for p in ranked)
+    assert len(ranked) == len(CANDIDATES)
+    assert ranked[-1].candidate.text == "fp32"
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.name)
+def test_every_candidate_can_be_built(candidate: Candidate) -> None:
+    from lightning_distopt import CompressedDDPStrategy  # noqa: F401  # the text below names it
+
+    strategy = eval(candidate.arguments)
+    assert repr(strategy.compressor) == repr(candidate.compressor)
