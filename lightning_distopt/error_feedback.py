@@ -16,6 +16,7 @@ arXiv:2601.20738 (between).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -91,10 +92,18 @@ def average_(residuals: Sequence[FlatViews], meter: Meter, group: dist.ProcessGr
         residual.flat.div_(world)
 
 
-def refuse_unless_contractive(compressor: Compressor, error_feedback: str) -> None:
-    """Raise a ``ValueError`` if residuals of this compressor could grow without bound."""
-    if not compressor.contractive:
+def refuse_unless_contractive(compressor: Compressor, error_feedback: str, allow: bool = False) -> None:
+    """Raise a ``ValueError``, or warn if ``allow``, if residuals of this compressor could grow without bound."""
+    if compressor.contractive:
+        return
+    needs = (
+        f"`error_feedback={error_feedback!r}` needs a contractive compressor, whose residual stays bounded: {compressor} "
+        "is not."
+    )
+    if allow:
+        warnings.warn(f"{needs} `allow_noncontractive=True`: watch `feedback/residual_norm`.", stacklevel=2)
+    else:
         raise ValueError(
-            f"`error_feedback={error_feedback!r}` needs a contractive compressor, whose residual stays bounded: {compressor} "
-            "is not. Use `error_feedback='none'`, or a compressor such as 'sign' or 'topk:0.01'."
+            f"{needs} Use `error_feedback='none'`, or a compressor such as 'sign' or 'topk:0.01'; or, to try it all the "
+            "same, `allow_noncontractive=True`."
         )

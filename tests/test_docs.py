@@ -44,9 +44,10 @@ def test_no_page_has_a_placeholder_left() -> None:
 def test_the_readme_has_a_row_for_every_strategy_and_compressor() -> None:
     readme = (PROJECT / "README.md").read_text()
     for record in lightning_distopt.list_strategies():
-        suffix = record.name.removeprefix("compressed_ddp")
-        assert f"`{record.name}`" in readme or f"`{suffix}`" in readme, record.name
-    for name in ("sign", "topk", "random_block", "bf16", "fp16", "fp32"):
+        method, start = re.fullmatch(r"(.*?)(_spawn|_fork|_notebook)?", record.name).groups()
+        assert f"`{method}`" in readme, method
+        assert start is None or f"`{start}`" in readme, start
+    for name in ("sign", "topk", "random_block", "bf16", "fp16", "fp32", "powersgd", "signsgd"):
         assert f"`{name}" in readme
     assert {form.example.partition(":")[0] for form in KNOWN.values()} >= {"topk", "sign", "random_block", "dense"}
 

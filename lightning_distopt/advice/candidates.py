@@ -33,7 +33,9 @@ class Candidate:
     @property
     def compressor(self) -> Compressor:
         """What travels."""
-        return parse(self.text)
+        compressor = parse(self.text)
+        assert isinstance(compressor, Compressor)
+        return compressor
 
     @property
     def arguments(self) -> str:

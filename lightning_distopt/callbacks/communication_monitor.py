@@ -90,13 +90,20 @@ class CommunicationMonitor(Callback):
 
     def _feedback(self, trainer: pl.Trainer) -> dict[str, float]:
         sync = getattr(trainer.strategy, "update_sync", None)
+        gradient_sync = getattr(trainer.strategy, "gradient_sync", None)
+        if gradient_sync is not None and gradient_sync.memory is not None:
+            sync = gradient_sync
         if sync is None:
             return {}
         figures = {
             "feedback/residual_norm": sync.residual_norm(),
             "feedback/sidecars_lost": float(trainer.strategy.sidecars_lost),  # type: ignore[attr-defined]
         }
-        if self.mismatch_every and self._meter.steps - self._last_mismatch >= self.mismatch_every:
+        if (
+            sync is not gradient_sync
+            and self.mismatch_every
+            and self._meter.steps - self._last_mismatch >= self.mismatch_every
+        ):
             self._last_mismatch = self._meter.steps
             figures["feedback/mismatch"] = sync.mismatch()
         return figures

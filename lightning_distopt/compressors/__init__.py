@@ -10,6 +10,7 @@ from lightning_distopt.compressors.orq import ORQ
 from lightning_distopt.compressors.qsgd import QSGD
 from lightning_distopt.compressors.random_block import RandomBlock
 from lightning_distopt.compressors.scaled_sign import ScaledSign
+from lightning_distopt.compressors.specifications import PowerSGD, SignSGD, Specification
 from lightning_distopt.compressors.terngrad import TernGrad
 from lightning_distopt.compressors.text import parse
 from lightning_distopt.compressors.topk import TopK
@@ -24,8 +25,11 @@ __all__ = [
     "LinearQuantizer",
     "OneBit",
     "Payload",
+    "PowerSGD",
     "RandomBlock",
     "ScaledSign",
+    "SignSGD",
+    "Specification",
     "TernGrad",
     "TopK",
     "parse",

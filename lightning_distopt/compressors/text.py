@@ -16,6 +16,7 @@ from lightning_distopt.compressors.orq import ORQ
 from lightning_distopt.compressors.qsgd import QSGD
 from lightning_distopt.compressors.random_block import RandomBlock
 from lightning_distopt.compressors.scaled_sign import ScaledSign
+from lightning_distopt.compressors.specifications import PowerSGD, SignSGD, Specification
 from lightning_distopt.compressors.terngrad import TernGrad
 from lightning_distopt.compressors.topk import TopK
 
@@ -23,7 +24,7 @@ __all__ = ["KNOWN", "as_compressor", "parse"]
 
 
 class _Form(NamedTuple):
-    make: Callable[..., Compressor]
+    make: Callable[..., Compressor | Specification]
     argument: Callable[[str], object] | None  # how to read what follows the colon; None: nothing may follow
     example: str
 
@@ -43,6 +44,8 @@ KNOWN: dict[str, _Form] = {
     "fp32": _Form(lambda: Dense("float32"), None, "fp32"),
     "fp16": _Form(lambda: Dense("float16"), None, "fp16"),
     "bf16": _Form(lambda: Dense("bfloat16"), None, "bf16"),
+    "powersgd": _Form(PowerSGD, int, "powersgd:2"),
+    "signsgd": _Form(SignSGD, None, "signsgd"),
 }
 _ALIASES = {
     "scaled_sign": "sign",
@@ -54,8 +57,10 @@ _ALIASES = {
 }
 
 
-def parse(text: str) -> Compressor:
-    """Build a compressor from ``"name"``, ``"name:number"`` or ``"name:number,option=value"``.
+def parse(text: str) -> Compressor | Specification:
+    """Build a compressor (or a specification, such as PowerSGD's) from a text.
+
+    Forms: ``"name"``, ``"name:number"``, ``"name:option=value"``, ``"name:number,option=value"``.
 
     Raises:
         TypeError: for something that is not a text.
@@ -109,13 +114,13 @@ def _option(name: str, form: _Form, argument: str) -> tuple[str, object]:
     return option, None if value == "none" else value
 
 
-def as_compressor(compressor: Compressor | str) -> Compressor:
+def as_compressor(compressor: Compressor | Specification | str) -> Compressor | Specification:
     """Return a compressor as it is, or the one that a text names.
 
     Raises:
         TypeError: for anything else.
     """
-    if isinstance(compressor, Compressor):
+    if isinstance(compressor, (Compressor, Specification)):
         return compressor
     if isinstance(compressor, str):
         return parse(compressor)

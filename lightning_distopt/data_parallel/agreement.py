@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_distopt.compressors.base import all_finite, wide
 from lightning_distopt.data_parallel.buckets import Group
 from lightning_distopt.exchange import Meter
 
@@ -76,8 +77,9 @@ def first_non_finite(tensors: Sequence[Tensor | None]) -> int | None:
 def first_bad_parameter(groups: Sequence[Group]) -> int | None:
     """Return the index, over all groups, of the parameter to blame for a non-finite one; usually one pass over them."""
     params = [param for group in groups for param in group.data]
-    norms = torch._foreach_norm(params, float("inf"))
-    if bool(torch.stack([norm.to(torch.float64) for norm in norms]).isfinite().all()):
+    # A sum is finite only if all terms are, and costs a fraction of what a look at each does; it may overflow, though.
+    sums = torch.stack([param.sum(dtype=wide(param.dtype)).double() for param in params])
+    if bool(sums.isfinite().all()) or all(all_finite(param) for param in params):
         return None
     # A NaN spreads over a parameter, and a clipped one over all: the gradients know better where it began.
     grads = [param.grad for group in groups for bucket in group.buckets for param in bucket.params]

@@ -6,10 +6,20 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from lightning_distopt.compressors import Compressor
-from lightning_distopt.exchange import AllGatherExchange, AllReduceExchange, Exchange, Meter, ShardedServerExchange
+from lightning_distopt.compressors import Compressor, Dense, PowerSGD, SignSGD, Specification
+from lightning_distopt.exchange import (
+    AllGatherExchange,
+    AllReduceExchange,
+    CompressedMean,
+    Exchange,
+    MajorityVote,
+    Meter,
+    PowerSGDMean,
+    ShardedServerExchange,
+    TensorMean,
+)
 
-__all__ = ["ExchangeName", "choose_exchange", "make_exchange"]
+__all__ = ["ExchangeName", "choose_exchange", "make_exchange", "make_tensor_mean"]
 
 ExchangeName = Literal["all_reduce", "all_gather", "sharded_server"]
 
@@ -45,3 +55,38 @@ def make_exchange(
         )
     exchanges = {"all_reduce": AllReduceExchange, "all_gather": AllGatherExchange}
     return exchanges[name](compressor, meter, group)
+
+
+def make_tensor_mean(
+    compressor: Compressor | Specification | None,
+    exchange: ExchangeName,
+    meter: Meter,
+    *,
+    residual: bool = False,
+    server_compression: bool = False,
+    seed: int = 0,
+) -> TensorMean:
+    """Build what averages gradients: by payloads, or as a specification says; without a compressor, everything is sent.
+
+    Raises:
+        ValueError: if the compressor cannot travel that way, or there are too many ranks for it.
+        TypeError: for a specification that is not known here.
+    """
+    if isinstance(compressor, PowerSGD):
+        return PowerSGDMean(compressor.rank, meter, seed=seed)
+    if isinstance(compressor, SignSGD):
+        return MajorityVote(meter)
+    if isinstance(compressor, Specification):
+        raise TypeError(
+            f"`compressor` must be `PowerSGD`, `SignSGD` or a `Compressor`: got {compressor}. Use one of these."
+        )
+    made = make_exchange(
+        exchange,
+        Dense("float32") if compressor is None else compressor,
+        meter,
+        compress_answer=server_compression,
+        keep_residual=False,
+        seed=seed,
+    )
+    answer = server_compression and exchange != "sharded_server"  # that server answers by itself
+    return CompressedMean(made, residual=residual, answer=answer, seed=seed)

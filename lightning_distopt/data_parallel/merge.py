@@ -15,7 +15,8 @@ def merge_states(states: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """Give every new rank the mean of the old ranks' residuals, so that the mean over ranks, hence the auxiliary point, is kept.
 
     Args:
-        states: :meth:`UpdateSync.state_dict` of each old rank, in order; ``None`` where it was lost (counts as zero).
+        states: :meth:`UpdateSync.state_dict` of each old rank, or the ``residuals`` of :meth:`GradientSync.state_dict`, in
+            order; ``None`` where it was lost (counts as zero).
 
     Returns:
         A state, the same for every new rank: mean residuals, the server's residual (of one replica, or put together
@@ -27,15 +28,15 @@ def merge_states(states: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         return merged
     residuals: dict[str, Tensor] = merged["residuals"]
     server: dict[str, Tensor] = merged["server"]
-    server.update(found[0]["server"])
+    server.update(found[0].get("server", {}))
     for state in found:
-        for name, values in state["residuals"].items():
+        for name, values in state.get("residuals", {}).items():
             residuals.setdefault(name, torch.zeros_like(values)).add_(values, alpha=1.0 / len(states))
     for state in found:
-        for name, pieces in state["shards"].items():
+        for name, pieces in state.get("shards", {}).items():
             whole = server.setdefault(name, torch.zeros_like(residuals[name])).view(-1)
             for piece in pieces:
                 start, values = piece["start"], piece["values"]
                 whole[start : start + values.numel()] = values
-    merged["groups"] = {key: {**counters, "local_steps": 0} for key, counters in found[0]["groups"].items()}
+    merged["groups"] = {key: {**counters, "local_steps": 0} for key, counters in found[0].get("groups", {}).items()}
     return merged

@@ -44,8 +44,8 @@ def check_alike(
     if odd:
         raise RankMismatchError(
             f"All ranks must train the same parameters with the same optimizers: ranks {odd} differ from rank 0 (number of "
-            f"parameters by rank: {counts}). Build, freeze and unfreeze the model alike on every rank, and step the same "
-            "optimizers in the same batches."
+            f"parameters by rank: {counts}). Build, freeze and unfreeze the model alike on every rank, step the same optimizers "
+            "in the same batches, and install the same extras (numba or none) everywhere."
         )
 
 

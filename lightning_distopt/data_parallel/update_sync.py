@@ -11,8 +11,8 @@ checkpoints and callbacks need nothing. With H > 1 they hold ``z`` inside a roun
 swaps ``x`` in.
 
 Memory beyond parameters, gradients and optimizer, in copies of the parameters (of float32 for half-precision ones):
-``x`` and ``e`` are one each; ``s`` is one if replicated, ``1 / W`` if sharded. An exchange takes the mean of one bucket,
-temporaries of less than another, and the payloads of two buckets: a rank's own and those that it receives. A look at
+``x`` and ``e`` are one each; ``s`` is one if replicated, ``1 / W`` if sharded. An exchange takes
+temporaries of less than a bucket and the payloads of two buckets: a rank's own and those that it receives. A look at
 ``x`` in the middle of a round takes one more copy; so does, once, handing a sharded ``s`` to new owners.
 """
 
@@ -40,7 +40,7 @@ from lightning_distopt.data_parallel.server_memory import ServerMemory
 from lightning_distopt.data_parallel.state import collect_state, no_state, place_state, rescue_lost
 from lightning_distopt.error_feedback import FlatViews, average_, compensate_, compress_, step_ahead_
 from lightning_distopt.errors import NonFiniteError
-from lightning_distopt.exchange import Exchange, Meter, Steps, overlap
+from lightning_distopt.exchange import Exchange, Meter, Steps, network_failures, overlap
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
 
 __all__ = ["UpdateSync", "UpdateSyncConfig"]
@@ -211,6 +211,7 @@ class UpdateSync:
             NonFiniteError: on all ranks, if a parameter of any rank is not finite after its step; the parameters hold the
                 common model again, and no residual has changed.
             RankMismatchError: on all ranks, if they do not exchange the same parameters; the same holds.
+            ExchangeError: if a collective failed or timed out; :meth:`restore` brings the common model back.
         """
         due = []
         for group in self._groups:
@@ -237,7 +238,8 @@ class UpdateSync:
             group.hide_common()
         compressed = [bucket for group in groups if not self._is_dense(group) for bucket in group.buckets]
         if self._agree("exchange", groups, self._first_bad(groups), self._server.waits_for(compressed)):
-            self._server.hand_over(compressed)
+            with network_failures(self.rank, groups[0].rounds, doing="hand over a server's residual", only=False):
+                self._server.hand_over(compressed)
         overlap(self._end_round(group, bucket) for group in groups for bucket in group.buckets)
         ring = sum(ring_all_reduce_bytes(sum(p.nbytes for p in g.data), self.world) * g.local_steps for g in groups)
         self.meter.step(ring, max(group.local_steps for group in groups))
@@ -269,18 +271,16 @@ class UpdateSync:
             coefficient = 0.0 if dense else self.config.coefficient
             compensate_(bucket.data, bucket.anchor, bucket.residual, coefficient)  # [2]
             payloads = compress_(exchange.compressor, residuals, self._keys(names, group.rounds))
-        mean = exchange.mean(names, payloads, group.rounds)
+        served = None if bucket.server is None or dense else bucket.parts(bucket.server, whole)[1]
+        if served is None:
+            mean = exchange.mean(names, payloads, group.rounds, onto=anchors, alpha=-1.0)
+        else:
+            mean = exchange.mean(names, payloads, group.rounds, onto=served)
         del payloads  # so that the exchange can free them
-        updates = yield from mean  # [3]
+        yield from mean  # [3]
         with self.meter.timed("encode"):
-            if bucket.server is not None and not dense:
-                _, servers = bucket.parts(bucket.server, whole)
-                for s in servers:
-                    s.add_(updates.pop(0))
-                self._serve(names, servers, anchors, group.rounds)
-            else:
-                for x, update in zip(anchors, updates, strict=True):
-                    x.sub_(update)
+            if served is not None:
+                self._serve(names, served, anchors, group.rounds)
             bucket.restore()
 
     def _serve(self, names: Sequence[str], servers: Sequence[Tensor], anchors: Sequence[Tensor], step: int) -> None:
@@ -308,7 +308,9 @@ class UpdateSync:
     def _average(self, groups: Sequence[Group]) -> None:
         if groups and self.world > 1:
             self._agree("average", groups)
-            average_([b.residual for group in groups for b in group.buckets], self.meter, self.group, self.world)
+            residuals = [bucket.residual for group in groups for bucket in group.buckets]
+            with network_failures(self.rank, groups[0].rounds, doing="average residuals"):
+                average_(residuals, self.meter, self.group, self.world)
 
     def _agree(
         self,
@@ -320,7 +322,9 @@ class UpdateSync:
         """Go on together with ``groups`` or raise on all ranks; return whether any rank ``wants``."""
         doing_what = f"{doing} {[(group.owners, group.rounds, group.local_steps) for group in groups]}"
         device = groups[0].buckets[0].anchor.flat.device
-        agreement = agree(zlib.crc32(doing_what.encode(), self._checksum), bad, wants, self.meter, device, self.group)
+        checksum = zlib.crc32(doing_what.encode(), self._checksum)
+        with network_failures(self.rank, groups[0].rounds, groups[0].buckets[0].names, f"agree to {doing}"):
+            agreement = agree(checksum, bad, wants, self.meter, device, self.group)
         if not agreement.alike:
             self.restore()
             check_alike(self._lines, self.meter, device, self.group, doing_what)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_distopt.compressors.base import Payload
 from lightning_distopt.exchange.base import Exchange, Means, device_of
@@ -20,7 +21,14 @@ class AllGatherExchange(Exchange):
     One collective, the lowest latency; the best choice up to about eight ranks.
     """
 
-    def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
+    def mean(
+        self,
+        names: Sequence[str],
+        payloads: Sequence[Payload],
+        step: int,
+        onto: Sequence[Tensor] | None = None,
+        alpha: float = 1.0,
+    ) -> Means:
         wire = Wire([self.compressor.layout(payload.numel, payload.dtype) for payload in payloads])
         mine = wire.pack(payloads, device_of(payloads))
         everyones, work = mine, None
@@ -29,10 +37,11 @@ class AllGatherExchange(Exchange):
             work = dist.all_gather_into_tensor(everyones, mine, group=self.group, async_op=True)
             self.meter.all_gather("exchange", wire.nbytes, self.world)
         yield
-        self.wait(work)
+        self.wait(work, names, step)
+        scale = 1.0 if onto is None else alpha
         with self.meter.timed("encode"):
-            out = self.zeros(payloads)
+            out = self.targets(payloads, onto)
             for data in everyones.view(self.world, wire.nbytes):  # in rank order: the same sums on every rank
                 for fields, payload, target in zip(wire.unpack(data), payloads, out, strict=True):
-                    self.add_decoded(fields, payload, target, 1.0 / self.world)
+                    self.add_decoded(fields, payload, target, scale / self.world)
         return out

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Payload
 from lightning_distopt.compressors.dense import Dense
@@ -34,7 +35,14 @@ class AllReduceExchange(Exchange):
             )
         super().__init__(compressor, meter, group)
 
-    def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
+    def mean(
+        self,
+        names: Sequence[str],
+        payloads: Sequence[Payload],
+        step: int,
+        onto: Sequence[Tensor] | None = None,
+        alpha: float = 1.0,
+    ) -> Means:
         values = [payload.fields["values"] for payload in payloads]
         total = values[0] if len(values) == 1 else torch.cat(values)
         work: dist.Work | None = None
@@ -46,13 +54,13 @@ class AllReduceExchange(Exchange):
             work = dist.all_reduce(total, group=self.group, async_op=True)
             self.meter.all_reduce("exchange", total.nbytes, self.world)
         yield
-        self.wait(work)
+        self.wait(work, names, step)
         with self.meter.timed("encode"):
             fields = torch.split(total, [value.numel() for value in values])
-            alpha = shrink / self.world
-            if isinstance(self.compressor, Dense):  # the field is the tensor: no second buffer
-                return [field.to(payload.dtype).mul_(alpha) for field, payload in zip(fields, payloads, strict=True)]
-            out = self.zeros(payloads)
+            scale = shrink / self.world
+            if onto is None and isinstance(self.compressor, Dense):  # the field is the tensor: no second buffer
+                return [field.to(payload.dtype).mul_(scale) for field, payload in zip(fields, payloads, strict=True)]
+            out = self.targets(payloads, onto)
             for payload, target, field in zip(payloads, out, fields, strict=True):
-                self.add_decoded({"values": field}, payload, target, alpha)
+                self.add_decoded({"values": field}, payload, target, scale if onto is None else scale * alpha)
             return out

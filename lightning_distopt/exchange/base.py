@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Payload
+from lightning_distopt.exchange.failure import network_failures
 from lightning_distopt.exchange.meter import Meter
 
-__all__ = ["Exchange", "Means", "Steps", "drain", "overlap"]
+__all__ = ["Collective", "Exchange", "Means", "Steps", "drain", "overlap"]
 
 Steps: TypeAlias = Generator[None, None, None]
 """Work in stages; each ``yield`` is a moment at which a collective is under way."""
@@ -31,7 +32,32 @@ Means: TypeAlias = Generator[None, None, list[Tensor]]
 """The same, which returns averaged tensors at its end: ``means = yield from exchange.mean(...)``."""
 
 
-class Exchange(ABC):
+class Collective:
+    """Takes part in the collectives of a process group.
+
+    Args:
+        meter: counts what travels.
+        group: process group; the default one if ``None``.
+    """
+
+    def __init__(self, meter: Meter, group: dist.ProcessGroup | None = None) -> None:
+        self.meter = meter
+        self.group = group
+        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+
+    def wait(self, work: dist.Work | None, names: Sequence[str], step: int) -> None:
+        """Wait for a collective and count the time as exposed communication.
+
+        Raises:
+            ExchangeError: if it failed or timed out.
+        """
+        if work is not None:
+            with self.meter.timed("exchange"), network_failures(self.rank, step, names):
+                work.wait()
+
+
+class Exchange(Collective, ABC):
     """Averages payloads over a process group.
 
     Args:
@@ -41,34 +67,39 @@ class Exchange(ABC):
     """
 
     def __init__(self, compressor: Compressor, meter: Meter, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(meter, group)
         self.compressor = compressor
-        self.meter = meter
-        self.group = group
-        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
 
     @abstractmethod
-    def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
+    def mean(
+        self,
+        names: Sequence[str],
+        payloads: Sequence[Payload],
+        step: int,
+        onto: Sequence[Tensor] | None = None,
+        alpha: float = 1.0,
+    ) -> Means:
         """Return the mean over ranks of the decoded payloads, the same bits on every rank.
 
         Args:
             names: one a payload, the same on all ranks; residuals of a server are kept under them.
             payloads: what this rank contributes, on one device and of one dtype; owned by the exchange from here on.
             step: number of the exchange; enters the keys of a server's randomness.
+            onto: add ``alpha`` times the mean to these 1-D tensors of the payloads' dtype, without memory for the mean.
+            alpha: see ``onto``; without it the mean itself is returned.
 
         Returns:
-            New 1-D tensors, allocated only after the network is done, in the dtype of the payloads.
+            ``onto``, or new 1-D tensors, allocated only after the network is done, in the dtype of the payloads.
+
+        Raises:
+            ExchangeError: if a collective failed or timed out.
         """
 
-    def wait(self, work: dist.Work | None) -> None:
-        """Wait for a collective and count the time as exposed communication."""
-        if work is not None:
-            with self.meter.timed("exchange"):
-                work.wait()
-
     @staticmethod
-    def zeros(payloads: Sequence[Payload]) -> list[Tensor]:
-        """Return 1-D zeros for each payload, views of one buffer."""
+    def targets(payloads: Sequence[Payload], onto: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return ``onto``, or 1-D zeros for each payload, views of one buffer."""
+        if onto is not None:
+            return list(onto)
         numels = [payload.numel for payload in payloads]
         flat = torch.zeros(sum(numels), dtype=payloads[0].dtype, device=device_of(payloads))
         return list(torch.split(flat, numels))

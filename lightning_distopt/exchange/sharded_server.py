@@ -94,7 +94,14 @@ class ShardedServerExchange(Exchange):
         self.residuals = {}
         self._restored = {name: list(those) for name, those in pieces.items()}
 
-    def mean(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Means:
+    def mean(
+        self,
+        names: Sequence[str],
+        payloads: Sequence[Payload],
+        step: int,
+        onto: Sequence[Tensor] | None = None,
+        alpha: float = 1.0,
+    ) -> Means:
         shares = _shares([payload.numel for payload in payloads], self.world, self.compressor.granularity)
         mine = shares[self.rank]
         device, dtype = device_of(payloads), payloads[0].dtype
@@ -107,7 +114,7 @@ class ShardedServerExchange(Exchange):
             sizes = [[self.compressor.entries(part) or 0 for part in owner] for owner in parts]
             arriving, work = self._all_to_all_sizes(sizes, len(mine), device)
             yield
-            self.wait(work)
+            self.wait(work, names, step)
             entries = [row.tolist() for row in arriving.view(self.world, len(mine))]
         else:
             entries = [[None] * len(mine)] * self.world
@@ -117,7 +124,7 @@ class ShardedServerExchange(Exchange):
         ]
         received, work = self._all_to_all(parts, [wire.nbytes for wire in wires], device)
         yield
-        self.wait(work)
+        self.wait(work, names, step)
 
         # 3: serve
         with self.meter.timed("encode"):
@@ -134,13 +141,15 @@ class ShardedServerExchange(Exchange):
         sent = answer_wires[self.rank].pack(answers, device)
         everyones, work = self._all_gather(torch.nn.functional.pad(sent, (0, longest - sent.numel())))
         yield
-        self.wait(work)
+        self.wait(work, names, step)
         with self.meter.timed("encode"):
-            out = self.zeros(payloads)
+            out = self.targets(payloads, onto)
             for wire, data, share in zip(answer_wires, everyones.view(self.world, longest), shares, strict=True):
                 for fields, part in zip(wire.unpack(data[: wire.nbytes]), share, strict=True):
                     target = out[part.tensor][part.start : part.stop]
-                    self.answer.decompress_add_(Payload(fields, target.shape, dtype), target)
+                    self.answer.decompress_add_(
+                        Payload(fields, target.shape, dtype), target, 1.0 if onto is None else alpha
+                    )
         return out
 
     def _split(self, payloads: Sequence[Payload], shares: list[list[_Part]]) -> list[list[Payload]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -17,24 +18,25 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.nn import Embedding, EmbeddingBag
+from torch.nn import Embedding, EmbeddingBag, Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_distopt.compressors import Compressor
+from lightning_distopt.compressors import Compressor, Specification
+from lightning_distopt.compressors.kernels import kernels_of
 from lightning_distopt.compressors.text import as_compressor
 from lightning_distopt.data_parallel import GradientSync, UpdateSync, UpdateSyncConfig
-from lightning_distopt.data_parallel.exchanges import choose_exchange, make_exchange
+from lightning_distopt.data_parallel.exchanges import ExchangeName, choose_exchange, make_exchange
 from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.error_feedback import refuse_unless_contractive
-from lightning_distopt.exchange import Meter
+from lightning_distopt.exchange import Meter, network_failures
 from lightning_distopt.strategies.checks import choice, count, ddp_arguments, flag, fraction, positive
 from lightning_distopt.strategies.local_steps import LocalSteps
 from lightning_distopt.strategies.rank_state import RankState
 
 __all__ = ["CompressedDDPStrategy"]
 
-ErrorFeedback = Literal["step_ahead", "local", "none"]
+ErrorFeedback = Literal["step_ahead", "local", "gradient", "none"]
 ExchangeChoice = Literal["auto", "all_reduce", "all_gather", "sharded_server"]
 Scope = Literal["tensor", "model"]
 
@@ -48,8 +50,9 @@ class CompressedDDPStrategy(DDPStrategy):
 
     With error feedback the optimizer acts before the exchange, on local gradients: for SGD (with momentum, weight decay,
     schedules) an uncompressed exchange equals ``ddp``; gradient clipping and non-linear optimizers such as Adam act on
-    local instead of averaged gradients, so they differ from ``ddp`` even uncompressed. ``error_feedback="none"``
-    compresses gradients inside backward instead, and the optimizer sees their average, as with ``ddp``.
+    local instead of averaged gradients, so they differ from ``ddp`` even uncompressed. ``error_feedback="gradient"`` and
+    ``"none"`` compress gradients inside backward instead, overlapped with it, and the optimizer sees their average, as with
+    ``ddp``; so does PowerSGD.
 
     In manual optimization every optimizer's step is followed by an exchange of its parameters. To change parameters by
     hand, do it in ``on_train_batch_end``: inside of ``training_step`` a change that no optimizer's step follows would be lost
@@ -57,32 +60,40 @@ class CompressedDDPStrategy(DDPStrategy):
 
     Memory a rank, beyond ``ddp``'s parameters, gradients and optimizer: two copies of the parameters (``x`` during a
     step, and ``e``), ``1 / W`` copy (sharded server) or one (server compression elsewhere), and two buckets; less the
-    gradient buckets of ``ddp``, which are not needed.
+    gradient buckets of ``ddp``, which are not needed. ``error_feedback="gradient"``: one copy of the gradients, and at the
+    end of backward, when activations are gone, another for a moment. ``"none"``: nothing.
 
     Args:
         compressor: what travels: "sign" (1 bit an element), "topk:0.01" (the largest 1 % of each parameter, 8 bytes
-            each), "random_block:0.01", "bf16", "fp16", "fp32", or a ``Compressor``.
+            each), "random_block:0.01", "bf16", "fp16", "fp32", or a ``Compressor``. Or a specification, for gradients only:
+            "powersgd:2" (matrices by their best rank 2), "signsgd" (the majority's sign, 1 bit an element).
         error_feedback: "step_ahead" (gradients at ``x - e``; converges best), "local" (gradients at ``x``; classic error
-            feedback), or "none" (compress gradients, forget what is left out: for unbiased or 16-bit compressors).
+            feedback), "gradient" (classic error feedback in units of gradients, overlapped with backward; every gradient
+            that is averaged must be stepped), or "none" (compress gradients, forget what is left out: for unbiased or
+            16-bit compressors). "powersgd" needs "gradient" (or "none"), "signsgd" needs "none".
         coefficient: share of the residual that is stepped ahead, in [0, 1]; ``None`` is 1 for "step_ahead", 0 for
             "local". 0.3 is DEF, 0.85 SA-PEF.
         averaging_period: average the residuals over ranks, uncompressed, before every this many-th exchange; 0 is never.
             Costs ``1 / averaging_period`` of ``ddp``'s bytes, less with ``sync_every``. arXiv:2008.05823 uses 20 with top-k.
         server_compression: compress the average again, with a residual of its own; ``None`` is true for
-            "sharded_server" (where it halves the bytes) and false otherwise (where it would save none).
+            "sharded_server" (where it halves the bytes) and false otherwise (where it would save none). With
+            ``error_feedback="gradient"`` it is false: a sharded server's answers travel in full precision.
         exchange: "all_reduce" (payloads that can be summed), "all_gather" (bytes grow with the ranks), "sharded_server"
-            (about two payloads a rank on any number of ranks), or "auto": the first that fits, all-gather up to 8 ranks.
+            (about two payloads a rank on any number of ranks), or "auto": the first that fits, all-gather up to 8 ranks
+            (on any number with ``error_feedback="gradient"``). Specifications bring their own.
         dense_steps: exchanges at the start that send everything (each of ``sync_every`` optimizer steps), at least 0.
         sync_every: local optimizer steps between exchanges, at least 1; divides all bytes by it. Between exchanges each rank
             holds parameters of its own, so callbacks that average weights need 1.
         scope: "tensor" compresses each parameter by itself; "model" all of them as one vector (one scale for "sign", as
             in arXiv:2008.05823; one vector a dtype and optimizer), which needs one bucket of the model's size.
         bucket_mb: megabytes compressed while the bucket before is on the network, above 0; a larger parameter is a
-            bucket of its own. More buckets overlap better, fewer cost less latency.
+            bucket of its own. More buckets overlap better, fewer cost less latency. Of gradients ("gradient", "none"),
+            ``bucket_cap_mb`` says it.
         strict_sidecars: raise an error on all ranks, instead of a warning, where a rank's file beside a checkpoint is
             missing or unreadable; its residual would be lost.
+        allow_noncontractive: let error feedback go round a compressor whose residual may grow without bound, with a warning.
         **ddp_kwargs: for ``DDPStrategy`` (``start_method``, ``timeout``, ``process_group_backend``, ...) and
-            ``DistributedDataParallel``. With error feedback no gradient is sent, so ``find_unused_parameters``,
+            ``DistributedDataParallel``. Where updates are sent ("step_ahead", "local"), ``find_unused_parameters``,
             ``static_graph``, ``gradient_as_bucket_view`` and ``bucket_cap_mb`` have nothing to act on.
 
     Raises:
@@ -102,7 +113,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def __init__(
         self,
-        compressor: Compressor | str = "sign",
+        compressor: Compressor | Specification | str = "sign",
         error_feedback: ErrorFeedback = "step_ahead",
         coefficient: float | None = None,
         averaging_period: int = 0,
@@ -113,12 +124,13 @@ class CompressedDDPStrategy(DDPStrategy):
         scope: Scope = "tensor",
         bucket_mb: float = 25.0,
         strict_sidecars: bool = False,
+        allow_noncontractive: bool = False,
         **ddp_kwargs: Any,
     ) -> None:
         ddp_arguments(type(self).__name__, ddp_kwargs)
         super().__init__(**ddp_kwargs)
         self.compressor = as_compressor(compressor)
-        self.error_feedback: ErrorFeedback = choice("error_feedback", error_feedback, ErrorFeedback)
+        self.error_feedback: ErrorFeedback = self._checked_error_feedback(error_feedback)
         self.exchange: ExchangeChoice = choice("exchange", exchange, ExchangeChoice)
         self.scope: Scope = choice("scope", scope, Scope)
         self.dense_steps = count("dense_steps", dense_steps, 0)
@@ -128,12 +140,18 @@ class CompressedDDPStrategy(DDPStrategy):
         self.server_compression = None if server_compression is None else flag("server_compression", server_compression)
         self.coefficient = self._checked_coefficient(coefficient)
         self.averaging_period = count("averaging_period", averaging_period, 0)
-        if self.uses_residuals:
-            refuse_unless_contractive(self.compressor, self.error_feedback)
+        self.allow_noncontractive = flag("allow_noncontractive", allow_noncontractive)
+        if not self.sends_updates:
+            self._refuse_what_belongs_to_updates()
+        if isinstance(self.compressor, Specification):
+            self._refuse_what_a_specification_brings()
         else:
-            self._refuse_without_residuals()
-        if self.exchange != "auto":  # an exchange that cannot carry the compressor is refused here, not in the workers
-            make_exchange(self.exchange, self.compressor, Meter())
+            if self.uses_residuals:
+                refuse_unless_contractive(self.compressor, self.error_feedback, self.allow_noncontractive)
+            if (
+                self.exchange != "auto"
+            ):  # an exchange that cannot carry the compressor is refused here, not in the workers
+                make_exchange(self.exchange, self.compressor, Meter())
         self.meter = Meter()
         self.run_id = 0
         self._shared_seed = 0
@@ -149,14 +167,32 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @property
     def uses_residuals(self) -> bool:
-        """Whether updates are exchanged with error feedback (else gradients, without)."""
+        """Whether what compression leaves out is remembered and sent later."""
         return self.error_feedback != "none"
 
+    @property
+    def sends_updates(self) -> bool:
+        """Whether local optimizer steps are exchanged (else gradients, inside backward)."""
+        return self.error_feedback in ("step_ahead", "local")
+
+    def _checked_error_feedback(self, error_feedback: ErrorFeedback) -> ErrorFeedback:
+        specification = self.compressor if isinstance(self.compressor, Specification) else None
+        chosen: ErrorFeedback = choice("error_feedback", error_feedback, ErrorFeedback)
+        if specification is None or chosen == "none" or (chosen == "gradient" and specification.keeps_residual):
+            return chosen
+        fitting = "'gradient' or 'none'" if specification.keeps_residual else "'none'"
+        raise ValueError(
+            f"`error_feedback` must be {fitting} with `compressor={specification}`, which works on gradients"
+            f"{'' if specification.keeps_residual else ' and keeps no residual'}: got {chosen!r}. Use "
+            f"`error_feedback={specification.error_feedback!r}`."
+        )
+
     def _checked_coefficient(self, coefficient: float | None) -> float:
-        if not self.uses_residuals:
+        if not self.sends_updates:
             if coefficient is not None:
                 raise ValueError(
-                    f"`coefficient` belongs to error feedback: got {coefficient} with `error_feedback='none'`. Leave it out."
+                    f"`coefficient` belongs to error feedback in units of parameters: got {coefficient} with "
+                    f"`error_feedback={self.error_feedback!r}`. Leave it out."
                 )
             return 0.0
         if self.error_feedback == "local":
@@ -168,7 +204,7 @@ class CompressedDDPStrategy(DDPStrategy):
             return 0.0
         return 1.0 if coefficient is None else fraction("coefficient", coefficient)
 
-    def _refuse_without_residuals(self) -> None:
+    def _refuse_what_belongs_to_updates(self) -> None:
         for argument, value, idle in (
             ("averaging_period", self.averaging_period, 0),
             ("sync_every", self.sync_every, 1),
@@ -176,8 +212,30 @@ class CompressedDDPStrategy(DDPStrategy):
         ):
             if value != idle:
                 raise ValueError(
-                    f"`{argument}` belongs to error feedback: got {value!r} with `error_feedback='none'`. Leave it out, or "
-                    "use `error_feedback='step_ahead'`."
+                    f"`{argument}` belongs to error feedback in units of parameters: got {value!r} with "
+                    f"`error_feedback={self.error_feedback!r}`. Leave it out, or use `error_feedback='step_ahead'`."
+                )
+        if self.allow_noncontractive and not self.uses_residuals:
+            raise ValueError(
+                "`allow_noncontractive` belongs to error feedback: got True with `error_feedback='none'`, where no residual "
+                "can grow. Leave it out."
+            )
+        if self.error_feedback == "gradient" and self.server_compression:
+            raise ValueError(
+                "`server_compression` must be False with `error_feedback='gradient'`: got True, and what the server left out "
+                "would be lost. Leave it out, or use `error_feedback='step_ahead'`, where the server has a residual."
+            )
+
+    def _refuse_what_a_specification_brings(self) -> None:
+        for argument, value, idle in (
+            ("exchange", self.exchange, "auto"),
+            ("server_compression", bool(self.server_compression), False),
+            ("allow_noncontractive", self.allow_noncontractive, False),
+        ):
+            if value != idle:
+                raise ValueError(
+                    f"`{argument}` must be {idle!r} with `compressor={self.compressor}`, which brings communication of its own: "
+                    f"got {value!r}. Leave it out."
                 )
 
     @property
@@ -211,13 +269,14 @@ class CompressedDDPStrategy(DDPStrategy):
         if world > 1:
             named = self.lightning_module.named_parameters()
             lines = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in named]
-            check_alike(lines, self.meter, self.root_device)
+            # A kernel may round a scale otherwise than plain torch, and replicated servers must give the same bits.
+            check_alike(lines, self.meter, self.root_device, doing=kernels_of(self.root_device))
         else:
             rank_zero_info(
                 f"`{type(self).__name__}` runs on one device: nothing is sent, and compression only delays updates. Use "
                 "`devices=2` or more, or `strategy='auto'`."
             )
-        if self.uses_residuals:
+        if self.sends_updates:
             self._configure_local_steps(world)
         else:
             super().configure_ddp()
@@ -227,7 +286,8 @@ class CompressedDDPStrategy(DDPStrategy):
         assert self.lightning_module is not None
         buffers = self.lightning_module.buffers() if self._sends_buffers_first else ()
         broadcast_([*self.lightning_module.parameters(), *buffers], self.meter, "setup")
-        exchange = choose_exchange(self.compressor, world) if self.exchange == "auto" else self.exchange
+        assert isinstance(self.compressor, Compressor)
+        exchange = self._exchange_on(world)
         config = UpdateSyncConfig(
             compressor=self.compressor,
             exchange=exchange,
@@ -243,8 +303,18 @@ class CompressedDDPStrategy(DDPStrategy):
         self._local_steps = LocalSteps(self, UpdateSync(config, self.meter), self._sends_buffers)
         self._rank_state.go_on(self._local_steps.sync)
 
+    def _exchange_on(self, world: int) -> ExchangeName:
+        if self.exchange != "auto":
+            return self.exchange
+        if isinstance(self.compressor, Specification):
+            return "all_reduce"  # asked by nobody
+        # A sharded server's exact answers cost more than the payloads of dozens of ranks.
+        return choose_exchange(self.compressor, 1 if self.error_feedback == "gradient" else world)
+
     def _serves(self, exchange: str) -> bool:
-        return exchange == "sharded_server" if self.server_compression is None else self.server_compression
+        if self.server_compression is None:
+            return exchange == "sharded_server" and self.error_feedback != "gradient"
+        return self.server_compression
 
     def _refuse_averages_of_local_parameters(self) -> None:
         assert self.lightning_module is not None
@@ -266,16 +336,16 @@ class CompressedDDPStrategy(DDPStrategy):
                 "parameters (`torch.view_as_real`), or use `strategy='ddp'`."
             )
         sparse = [n for n, m in module.named_modules() if isinstance(m, (Embedding, EmbeddingBag)) and m.sparse]
-        if sparse and not self.uses_residuals:
+        if sparse and not self.sends_updates:
             raise MisconfigurationException(
-                f"`error_feedback='none'` cannot compress sparse gradients, which {sparse} would make. Use `sparse=False` "
-                "there, or `error_feedback='step_ahead'`, which sends updates."
+                f"`error_feedback={self.error_feedback!r}` cannot compress sparse gradients, which {sparse} would make. Use "
+                "`sparse=False` there, or `error_feedback='step_ahead'`, which sends updates."
             )
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            if self.uses_residuals and hasattr(optimizer, "consolidate_state_dict"):
+            if self.sends_updates and hasattr(optimizer, "consolidate_state_dict"):
                 raise MisconfigurationException(
                     f"`error_feedback={self.error_feedback!r}` does not go with {type(optimizer).__name__}: each rank must step "
                     "all parameters by its own gradient, and this optimizer steps a part of them and sends it to the others. "
@@ -286,7 +356,7 @@ class CompressedDDPStrategy(DDPStrategy):
         # Lightning attaches hooks on CUDA only; ours works on every device.
         assert isinstance(self.model, DistributedDataParallel)
         assert self.lightning_module is not None
-        exchange = choose_exchange(self.compressor, dist.get_world_size()) if self.exchange == "auto" else self.exchange
+        exchange = self._exchange_on(dist.get_world_size())
         self._gradient_sync = GradientSync(
             {parameter: name for name, parameter in self.lightning_module.named_parameters()},
             self.compressor,
@@ -295,9 +365,16 @@ class CompressedDDPStrategy(DDPStrategy):
             self.dense_steps,
             self.meter,
             self._shared_seed,
+            residuals=self.uses_residuals,
+            rates=self._learning_rates,
+            find_unused=self.model.find_unused_parameters,
         )
         self._rank_state.go_on(self._gradient_sync)
         self.model.register_comm_hook(self._gradient_sync, _hook)
+
+    def _learning_rates(self) -> dict[Parameter, float]:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups if "lr" in group]
+        return {parameter: float(group["lr"]) for group in groups for parameter in group["params"]}
 
     def teardown(self) -> None:
         if self._local_steps is not None:
@@ -320,7 +397,17 @@ class CompressedDDPStrategy(DDPStrategy):
             return self._local_steps.training_step(run)
         if isinstance(self.model, DistributedDataParallel) and self.model.will_sync_module_buffers():  # type: ignore[no-untyped-call]
             self._count_buffers(self.model)
-        return run()
+        with self._failures_of_the_wrapper("forward"):
+            return run()
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._failures_of_the_wrapper("backward"):
+            return super().backward(closure_loss, *args, **kwargs)
+
+    def _failures_of_the_wrapper(self, doing: str) -> AbstractContextManager[None]:
+        """DDP has collectives of its own: buffers in forward, which parameters are unused in backward."""
+        step = 0 if self._gradient_sync is None else self._gradient_sync.rounds
+        return network_failures(self.global_rank, step, doing=f"end {doing}", only=False)
 
     def _count_buffers(self, wrapper: DistributedDataParallel) -> None:
         """Count what the wrapper broadcasts in forward."""
@@ -356,12 +443,12 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @property
     def update_sync(self) -> UpdateSync | None:
-        """The engine of this rank while fitting with error feedback."""
+        """The engine of this rank while fitting with ``error_feedback="step_ahead"`` or ``"local"``."""
         return None if self._local_steps is None else self._local_steps.sync
 
     @property
     def gradient_sync(self) -> GradientSync | None:
-        """The engine of this rank while fitting without error feedback."""
+        """The engine of this rank while fitting with ``error_feedback="gradient"`` or ``"none"``."""
         return self._gradient_sync
 
     @property

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_distopt.data_parallel import UpdateSync
 from lightning_distopt.data_parallel.replicas import broadcast_
+from lightning_distopt.exchange import network_failures
 from lightning_distopt.strategies.compat import backward_is_skipped
 
 if TYPE_CHECKING:
@@ -212,7 +213,11 @@ class LocalSteps:
 
     def broadcast_buffers(self, purpose: str) -> int:
         """Overwrite the module's buffers by rank 0's; return the bytes that this rank sent."""
-        return broadcast_(self._module.buffers(), self._strategy.meter, purpose) if self._send_buffers else 0
+        if not self._send_buffers:
+            return 0
+        meter = self._strategy.meter
+        with network_failures(self.sync.rank, meter.steps, doing="broadcast buffers"):
+            return broadcast_(self._module.buffers(), meter, purpose)
 
     # ---- edits that would be lost -----------------------------------------------------------------------------------
 

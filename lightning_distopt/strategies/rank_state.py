@@ -33,6 +33,8 @@ __all__ = ["RankState"]
 
 _KEY = "lightning_distopt"
 _FORMAT = 1
+_OWN = ("residuals",)  # what differs between ranks in the state of `GradientSync`
+_UNITS = {"step_ahead": "parameters", "local": "parameters", "gradient": "gradients", "none": "nothing"}
 
 
 class RankState:
@@ -77,13 +79,16 @@ class RankState:
             "algorithm": strategy.strategy_name,
             "error_feedback": strategy.error_feedback,
             "save_id": f"{strategy.run_id}-{_moment(checkpoint)}",
-            "shared": {} if strategy.uses_residuals else state,  # without error feedback all ranks' state is alike,
+            "shared": {} if strategy.sends_updates else {k: v for k, v in state.items() if k not in _OWN},
         }
-        own = strategy.uses_residuals and strategy.global_rank > 0  # and so are their optimizers; rank 0's are not here
+        if not strategy.sends_updates:
+            state = {key: value for key, value in state.items() if key in _OWN}
+        # Where gradients are averaged all ranks' optimizers are alike; rank 0's is in the checkpoint.
+        own = strategy.sends_updates and strategy.global_rank > 0
         content = {
             "save_id": header["save_id"],
             "rank": strategy.global_rank,
-            "state": state if strategy.uses_residuals else {},
+            "state": state,
             "optimizers": [optimizer.state_dict() for optimizer in strategy.optimizers] if own else [],
             "random": collect_random_states(),
         }
@@ -110,15 +115,16 @@ class RankState:
         if self.path is None or header is None or sync is None:
             rank_zero_info("The checkpoint was not written by `compressed_ddp`: residuals start from zero.")
             return checkpoint
-        if header["error_feedback"] != "none" and not strategy.uses_residuals:
+        if strategy.gradient_sync is not None:
+            strategy.gradient_sync.load_state_dict(header["shared"])
+        before, now = header["error_feedback"], strategy.error_feedback
+        if before != "none" and _UNITS[before] != _UNITS[now]:
             rank_zero_warn(
-                f"The checkpoint was written with `error_feedback={header['error_feedback']!r}` and this run has 'none': the "
+                f"The checkpoint was written with `error_feedback={before!r}` and this run has {now!r}: the "
                 "residuals beside it, what the ranks had not sent yet, are left out. Resume with the same `error_feedback` "
                 "for an exact continuation."
             )
             return checkpoint
-        if strategy.gradient_sync is not None:
-            strategy.gradient_sync.load_state_dict(header["shared"])
         if header["world_size"] == strategy.world_size:
             return self._read_own(checkpoint, header)
         self._read_all(header)
@@ -130,8 +136,7 @@ class RankState:
         if mine is None:
             return checkpoint
         state, random, optimizers = mine
-        if strategy.update_sync is not None:
-            strategy.update_sync.load_state_dict(state)
+        self._load(state, header)
         restore_random_states(random)
         return {**checkpoint, "optimizer_states": optimizers} if optimizers else checkpoint
 
@@ -144,9 +149,15 @@ class RankState:
             f"{strategy.world_size}: {merged}every rank continues with rank 0's optimizer state and random numbers of its "
             f"own. Resume with {world} devices for an exact continuation."
         )
-        if strategy.update_sync is not None:
+        if strategy.uses_residuals:
             states = self._read(range(world), header, ("state",))
-            strategy.update_sync.load_state_dict(merge_states([None if s is None else s[0] for s in states]))
+            self._load(merge_states([None if s is None else s[0] for s in states]), header)
+
+    def _load(self, state: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        if self._strategy.update_sync is not None:
+            self._strategy.update_sync.load_state_dict(state)
+        if self._strategy.gradient_sync is not None:
+            self._strategy.gradient_sync.load_state_dict({**header["shared"], **state})
 
     def _read(self, ranks: Iterable[int], header: Mapping[str, Any], keys: Sequence[str]) -> list[list[Any] | None]:
         """Return these parts of the ranks' sidecars, ``None`` for one that cannot be used."""

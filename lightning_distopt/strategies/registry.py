@@ -18,7 +18,7 @@ class StrategyRecord:
 
     Args:
         name: what the user writes, lower case.
-        paper: where the method comes from.
+        paper: where the method comes from; "none" for common practice.
         description: one line.
         strategy: the class behind it.
         arguments: what the class is constructed with.
@@ -40,6 +40,12 @@ class StrategyTable(list[StrategyRecord]):
         return "\n".join(f"{r.name:<{width}}  {r.paper:<{paper}}  {r.description}" for r in self)
 
 
+def _gradients(suffix: str, paper: str, description: str, compressor: str, error_feedback: str) -> StrategyRecord:
+    """Describe a common choice of what travels inside backward."""
+    arguments = {"compressor": compressor, "error_feedback": error_feedback}
+    return StrategyRecord(f"compressed_ddp_{suffix}", paper, description, CompressedDDPStrategy, arguments)
+
+
 _METHODS = (
     StrategyRecord(
         "compressed_ddp",
@@ -47,6 +53,30 @@ _METHODS = (
         "DDP with compressed updates and step-ahead error feedback",
         CompressedDDPStrategy,
     ),
+    _gradients(
+        "topk",
+        "arXiv:1809.07599",
+        "DDP with the largest 1 % of each gradient, and error feedback",
+        "topk:0.01",
+        "gradient",
+    ),
+    _gradients(
+        "sign", "arXiv:1901.09847", "DDP with scaled signs of gradients, and error feedback", "sign", "gradient"
+    ),
+    _gradients(
+        "powersgd", "arXiv:1905.13727", "DDP with gradients of rank 2, and error feedback", "powersgd:2", "gradient"
+    ),
+    _gradients(
+        "bingrad",
+        "arXiv:2002.11082",
+        "DDP with gradients at two levels a bucket, and error feedback",
+        "bingrad_b",
+        "gradient",
+    ),
+    _gradients(
+        "orq", "arXiv:2002.11082", "DDP with gradients at five optimal levels a bucket, unbiased", "orq:5", "none"
+    ),
+    _gradients("bf16", "none", "DDP with gradients in 16 bit, all-reduced", "bf16", "none"),
 )
 _LAUNCHERS = {
     "": ("popen", "one process a device, started by running the script again"),

@@ -40,6 +40,9 @@ def test_every_listed_example_is_readable(name: str) -> None:
         ("float32", "Dense(dtype='float32')"),
         ("float16", "Dense(dtype='float16')"),
         ("bfloat16", "Dense(dtype='bfloat16')"),
+        ("powersgd", "PowerSGD(rank=2)"),
+        ("PowerSGD:4", "PowerSGD(rank=4)"),
+        ("signsgd", "SignSGD()"),
     ],
 )
 def test_a_text_builds_what_it_names(text: str, expected: str) -> None:
@@ -51,7 +54,7 @@ def test_case_and_spaces_do_not_matter(text: str) -> None:
     assert repr(parse(text)) == "TopK(ratio=0.5)"
 
 
-@pytest.mark.parametrize("text", ["tokp:0.01", "", ":", "powersgd", "topk 0.01"])
+@pytest.mark.parametrize("text", ["tokp:0.01", "", ":", "demo", "topk 0.01"])
 def test_an_unknown_name_is_refused_with_all_known_forms(text: str) -> None:
     with pytest.raises(ValueError, match=r"must be one of") as caught:
         parse(text)
@@ -74,7 +77,7 @@ def test_an_unreadable_ratio_is_refused_with_an_example(argument: str) -> None:
         parse(f"topk:{argument}")
 
 
-@pytest.mark.parametrize("text", ["sign:2", "bf16:1", "float32:float16", "sign:"])
+@pytest.mark.parametrize("text", ["sign:2", "bf16:1", "float32:float16", "sign:", "signsgd:1"])
 def test_a_superfluous_argument_is_refused_with_what_to_write(text: str) -> None:
     with pytest.raises(ValueError, match=rf"takes no argument: got '{text}'\. Write '"):
         parse(text)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from lightning_distopt import CompressedDDPStrategy
-from lightning_distopt.compressors import Compressor, Dense, ScaledSign
+from lightning_distopt.compressors import Compressor, Dense, ScaledSign, text
 from lightning_distopt.compressors.base import Field
 from lightning_distopt.errors import NonFiniteError, RankMismatchError
 from tests.strategies.fits import Agree, At, Failures, compressed, fit, messages_to, trainer
@@ -47,7 +47,7 @@ class Whole(Doubled):
     splittable = False
 
 
-KNOWN = "'topk:0.01', 'sign', 'random_block:0.01', 'bingrad_b', 'bingrad_pb', 'orq:5'"
+KNOWN = ", ".join(repr(form.example) for form in text.KNOWN.values())
 
 WRONG = [
     # argument, exception, parts of the message: rule, value, cure
@@ -60,7 +60,68 @@ WRONG = [
     (
         {"error_feedback": "ahead"},
         ValueError,
-        ["`error_feedback` must be one of 'step_ahead', 'local', 'none'", "'ahead'"],
+        ["`error_feedback` must be one of 'step_ahead', 'local', 'gradient', 'none'", "'ahead'"],
+    ),
+    (
+        {"compressor": "powersgd:2"},
+        ValueError,
+        ["`error_feedback` must be 'gradient' or 'none' with `compressor=PowerSGD(rank=2)`", "got 'step_ahead'", "Use"],
+    ),
+    (
+        {"compressor": "powersgd:2", "error_feedback": "local"},
+        ValueError,
+        ["must be 'gradient' or 'none'", "got 'local'", "Use `error_feedback='gradient'`"],
+    ),
+    (
+        {"compressor": "signsgd", "error_feedback": "gradient"},
+        ValueError,
+        ["`error_feedback` must be 'none' with `compressor=SignSGD()`", "keeps no residual", "got 'gradient'"],
+    ),
+    ({"compressor": "signsgd"}, ValueError, ["must be 'none'", "got 'step_ahead'", "Use `error_feedback='none'`"]),
+    ({"compressor": "powersgd:0"}, ValueError, ["`rank` must be an integer >= 1", "got 0", "`PowerSGD(rank=2)`"]),
+    ({"compressor": "powersgd:two"}, ValueError, ["`compressor='powersgd:two'`", "'two' is not a number"]),
+    (
+        {"compressor": "powersgd:2", "error_feedback": "gradient", "exchange": "all_gather"},
+        ValueError,
+        ["`exchange` must be 'auto' with `compressor=PowerSGD(rank=2)`", "got 'all_gather'", "Leave it out"],
+    ),
+    (
+        {"compressor": "signsgd", "error_feedback": "none", "server_compression": True},
+        ValueError,
+        ["`server_compression` must be False with `compressor=SignSGD()`", "got True"],
+    ),
+    (
+        {"compressor": "powersgd:2", "error_feedback": "gradient", "allow_noncontractive": True},
+        ValueError,
+        ["`allow_noncontractive` must be False with `compressor=PowerSGD(rank=2)`", "got True"],
+    ),
+    (
+        {"error_feedback": "gradient", "server_compression": True},
+        ValueError,
+        ["`server_compression` must be False with `error_feedback='gradient'`", "got True", "'step_ahead'"],
+    ),
+    (
+        {"error_feedback": "gradient", "coefficient": 0.5},
+        ValueError,
+        ["`coefficient` belongs to error feedback in units of parameters", "got 0.5", "Leave it out"],
+    ),
+    (
+        {"error_feedback": "gradient", "averaging_period": 5},
+        ValueError,
+        ["`averaging_period` belongs to error feedback in units of parameters", "got 5", "'gradient'"],
+    ),
+    ({"error_feedback": "gradient", "sync_every": 2}, ValueError, ["`sync_every` belongs to", "got 2", "'gradient'"]),
+    ({"error_feedback": "gradient", "scope": "model"}, ValueError, ["`scope` belongs to", "got 'model'"]),
+    ({"allow_noncontractive": 1}, TypeError, ["`allow_noncontractive` must be True or False", "got 1"]),
+    (
+        {"allow_noncontractive": True, "error_feedback": "none"},
+        ValueError,
+        ["`allow_noncontractive` belongs to error feedback", "got True", "Leave it out"],
+    ),
+    (
+        {"error_feedback": "gradient", "compressor": Doubled()},
+        ValueError,
+        ["`error_feedback='gradient'` needs a contractive compressor", "Doubled()", "`allow_noncontractive=True`"],
     ),
     ({"error_feedback": None}, ValueError, ["`error_feedback` must be one of", "got None"]),
     ({"coefficient": 1.5}, ValueError, ["`coefficient` must be in [0, 1]", "got 1.5", "`coefficient=1.0`"]),
@@ -175,7 +236,7 @@ REFUSED = (
 )
 
 
-@pytest.mark.parametrize("error_feedback", ["step_ahead", "none"])
+@pytest.mark.parametrize("error_feedback", ["step_ahead", "gradient", "none"])
 def test_16_mixed_is_refused_by_instance(error_feedback: str) -> None:
     with pytest.raises(MisconfigurationException, match=REFUSED):
         trainer(compressed(error_feedback=error_feedback), plugins=[float16()])
@@ -226,6 +287,14 @@ class OfRank(Net):
 
     def frozen(self) -> None:
         self.net[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize("error_feedback", ["step_ahead", "local", "gradient"])
+def test_a_compressor_that_is_not_contractive_can_be_tried_with_a_warning(error_feedback: str) -> None:
+    with pytest.warns(
+        UserWarning, match=rf"`error_feedback='{error_feedback}'` needs a contractive compressor.*Doubled"
+    ):
+        CompressedDDPStrategy(Doubled(), error_feedback, allow_noncontractive=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("change", ["wider", "longer", "renamed", "frozen"])

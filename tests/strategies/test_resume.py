@@ -85,6 +85,8 @@ def assert_same(a: Any, b: Any, where: str = "state") -> None:
         ({"compressor": "random_block:0.2", "error_feedback": "local"}, {}, {"accumulate_grad_batches": 2}),
         ({"compressor": "random_block:0.2", "error_feedback": "none"}, {"dropout": 0.5}, {}),
         ({"compressor": "sign", "dense_steps": 7}, {}, {}),
+        ({"compressor": "topk:0.1", "error_feedback": "gradient"}, {"step_size": 3, "dropout": 0.5}, {}),
+        ({"compressor": "powersgd:1", "error_feedback": "gradient"}, {}, {"accumulate_grad_batches": 2}),
     ],
     ids=str,
 )
@@ -209,18 +211,26 @@ def test_a_checkpoint_inside_a_round_holds_the_common_model_whatever_the_module_
 # --- another number of ranks, another strategy ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", [1, 3])
-@pytest.mark.parametrize("exchange", ["all_gather", "sharded_server"])
+@pytest.mark.parametrize(
+    ("devices", "arguments"),
+    [
+        (1, {"exchange": "all_gather"}),
+        (3, {"exchange": "all_gather"}),
+        (1, {"exchange": "sharded_server"}),
+        (3, {"exchange": "sharded_server"}),
+        (3, {"compressor": "powersgd:1", "error_feedback": "gradient"}),
+    ],
+)
 def test_on_another_number_of_ranks_the_mean_of_the_residuals_is_kept(
-    tmp_path: Path, devices: int, exchange: str
+    tmp_path: Path, devices: int, arguments: Any
 ) -> None:
-    epochs(Net(), compressed(exchange=exchange), 1, **saving(tmp_path))
+    epochs(Net(), compressed(**arguments), 1, **saving(tmp_path))
     saved = [torch.load(tmp_path / "epoch=0.ckpt.ranks" / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     residuals = [content["state"]["residuals"] for content in saved]
     mean = {name: (residuals[0][name] + residuals[1][name]) / 2 for name in residuals[0]}
 
     def check(trainer: Trainer, module: Net) -> None:
-        sync = trainer.strategy.update_sync
+        sync = trainer.strategy.update_sync or trainer.strategy.gradient_sync
         restored = sync.state_dict()["residuals"]
         assert restored.keys() == mean.keys()
         for name, value in restored.items():
@@ -233,8 +243,8 @@ def test_on_another_number_of_ranks_the_mean_of_the_residuals_is_kept(
             return super().training_step(batch, batch_idx)
 
     with warnings_to(tmp_path / "warnings"):
-        arguments = {"devices": devices, "callbacks": [Agree()]}
-        epochs(Checked(), compressed(exchange=exchange), 2, tmp_path / "epoch=0.ckpt", **arguments)
+        settings = {"devices": devices, "callbacks": [Agree()]}
+        epochs(Checked(), compressed(**arguments), 2, tmp_path / "epoch=0.ckpt", **settings)
     said = (tmp_path / "warnings").read_text()
     assert said.count("was written by 2 processes and this run has") == 1
     assert f"this run has {devices}: residuals were merged so that their mean over ranks is kept" in said
@@ -266,6 +276,30 @@ def test_a_checkpoint_with_residuals_goes_on_without_them_on_request(tmp_path: P
         epochs(Net(), compressed(error_feedback="none"), 2, tmp_path / "epoch=0.ckpt", callbacks=hooks)
     said = (tmp_path / "warnings").read_text()
     assert said.count("was written with `error_feedback='step_ahead'` and this run has 'none'") == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [("step_ahead", "gradient"), ("gradient", "local"), ("gradient", "none")])
+def test_residuals_in_other_units_are_left_out_with_one_warning(tmp_path: Path, before: str, after: str) -> None:
+    def no_residuals(trainer: Trainer, module: Net) -> None:
+        sync = trainer.strategy.update_sync or trainer.strategy.gradient_sync
+        assert not any(bool(e.any()) for e in sync.state_dict().get("residuals", {}).values())
+
+    epochs(Net(), compressed(error_feedback=before), 1, **saving(tmp_path))
+    hooks = [Agree(), At(train_start=no_residuals)]
+    with warnings_to(tmp_path / "warnings"):
+        epochs(Net(), compressed(error_feedback=after), 2, tmp_path / "epoch=0.ckpt", callbacks=hooks)
+    said = (tmp_path / "warnings").read_text()
+    assert said.count(f"was written with `error_feedback='{before}'` and this run has '{after}'") == 1
+
+
+def test_a_rank_that_lost_its_residuals_goes_on_with_the_others(tmp_path: Path) -> None:
+    """Counters, learning rates and PowerSGD's warm starts are in the checkpoint itself."""
+    arguments = {"compressor": "powersgd:1", "error_feedback": "gradient"}
+    epochs(Net(), compressed(**arguments), 1, **saving(tmp_path))
+    (tmp_path / "epoch=0.ckpt.ranks" / "1.pt").unlink()
+    with warnings_to(tmp_path / "warnings"):
+        epochs(Net(), compressed(**arguments), 2, tmp_path / "epoch=0.ckpt", callbacks=[Agree()])
+    assert "(rank 1: it does not exist)" in (tmp_path / "warnings").read_text()
 
 
 def test_a_checkpoint_without_residuals_starts_them_from_zero(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_distopt import CompressedDDPStrategy
-from lightning_distopt.compressors import Dense, RandomBlock, ScaledSign, TopK
+from lightning_distopt.compressors import Dense, PowerSGD, RandomBlock, ScaledSign, SignSGD, TopK
 
 CLASS = "lightning_distopt.CompressedDDPStrategy"
 
@@ -58,6 +58,14 @@ def test_a_compressor_as_text(text: str, compressor: type, tmp_path: Any) -> Non
     assert type(strategy.compressor) is compressor
 
 
+def test_a_specification_as_text_and_by_class_path(tmp_path: Any) -> None:
+    arguments = {"compressor": "signsgd", "error_feedback": "none"}
+    assert from_yaml({"class_path": CLASS, "init_args": arguments}, tmp_path).compressor == SignSGD()
+    compressor = {"class_path": "lightning_distopt.compressors.PowerSGD", "init_args": {"rank": 4}}
+    arguments = {"compressor": compressor, "error_feedback": "gradient"}
+    assert from_yaml({"class_path": CLASS, "init_args": arguments}, tmp_path).compressor == PowerSGD(4)
+
+
 def test_a_compressor_by_class_path_with_its_arguments(tmp_path: Any) -> None:
     compressor = {"class_path": "lightning_distopt.compressors.TopK", "init_args": {"ratio": 0.05}}
     strategy = from_yaml({"class_path": CLASS, "init_args": {"compressor": compressor}}, tmp_path)
@@ -78,6 +86,7 @@ def test_every_argument_of_ours_and_some_of_ddp(tmp_path: Any) -> None:
         "scope": "model",
         "bucket_mb": 5.0,
         "strict_sidecars": True,
+        "allow_noncontractive": True,
         "start_method": "fork",
         "timeout": "0:05:00",
         "find_unused_parameters": True,

@@ -1,0 +1,57 @@
+"""A backend's exception becomes one error that says which rank was doing what, with whom, in which step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from lightning_distopt.errors import DistoptError, ExchangeError
+
+__all__ = ["network_failures"]
+
+_PLACE = re.compile(r"^\[[^\]]*:\d+\] *")
+# Gloo: "Connection closed by peer [127.0.0.1]:4242", "Read error [::1]:4242: Connection reset"; NCCL: a rank, or nobody.
+_PEER = re.compile(r"(\[[\w.:%]+\]:\d+)|(?:rank|peer)[ =:]+(\d+)")
+
+
+@contextmanager
+def network_failures(
+    rank: int, step: int, bucket: Sequence[str] = (), doing: str = "exchange", *, only: bool = True
+) -> Iterator[None]:
+    """Raise an ``ExchangeError`` for what a collective inside raises; errors of this package pass.
+
+    Backends end a collective within the process group's time-out, so nothing waits for ever.
+
+    Args:
+        rank: of this process.
+        step: number of the exchange.
+        bucket: names of the parameters that travel.
+        doing: a verb, for the message.
+        only: nothing but collectives runs inside; else an error is theirs only if it says so.
+
+    Raises:
+        ExchangeError: see above.
+    """
+    try:
+        yield
+    except DistoptError:
+        raise
+    except RuntimeError as error:  # Gloo's own; NCCL's DistBackendError is one, too
+        if not only and not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        # Its first sentence, without the place in the backend's source; the whole is the error's cause.
+        reason = _PLACE.sub("", " ".join(str(error).split())).split(". ")[0].rstrip(".") or type(error).__name__
+        found = _PEER.search(reason)
+        peer = next((part for part in found.groups() if part), None) if found else None
+        what = doing
+        if bucket:
+            more = f" and {len(bucket) - 1} more" if len(bucket) > 1 else ""
+            what = f"{doing} the bucket of `{bucket[0]}`{more}"
+        message = (
+            f"In step {step} rank {rank} could not {what} with {f'peer {peer}' if peer else 'the other ranks'}: {reason}. "
+            "Look for the rank that stopped first, or, if one is only slow, pass a longer `timeout` to the strategy."
+        )
+        raise ExchangeError(message, rank, step, tuple(bucket), peer) from error
