@@ -1,23 +1,9 @@
-"""The meter against the counters of real network interfaces: one network namespace a rank, joined by virtual cables.
-
-Two ranks are joined by one veth pair, more by a bridge in a namespace of its own:
-
-    rank 0 [eth0]────[eth0] rank 1            rank 0 [eth0]──┐
-                                              rank 1 [eth0]──┼─ hub (bridge)
-                                              rank 2 [eth0]──┘
-"""
+"""The meter against the counters of real network interfaces: one network namespace a rank, joined by virtual cables."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import secrets
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.hosts import HostsError, counters, enter, network, sent_twice, why_not
 from lightning_distopt.compressors import parse
 from lightning_distopt.exchange import (
     AllGatherExchange,
@@ -36,69 +23,7 @@ from lightning_distopt.exchange import (
 )
 from tests.ranks import run_ranks
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's"),
-    pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="making network namespaces needs root"),
-    pytest.mark.skipif(shutil.which("ip") is None, reason="needs the `ip` command (Debian: apt-get install iproute2)"),
-]
-
-INTERFACE = "eth0"
-_CLONE_NEWNET = 0x40000000  # sched.h
-
-
-# ---- the network -----------------------------------------------------------------------------------------------------
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=10)
-
-
-@contextmanager
-def network(world: int) -> Iterator[list[str]]:
-    """Yield the names of ``world`` connected namespaces; nothing of them is left afterwards."""
-    tag = f"distopt-{os.getpid()}-{secrets.token_hex(3)}"
-    names, hub = [f"{tag}-{rank}" for rank in range(world)], f"{tag}-hub"
-    made: list[str] = []
-    try:
-        for name in [*names, hub]:
-            try:
-                _ip("netns", "add", name)
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
-            made.append(name)
-        if world == 2:
-            _ip("-n", names[0], "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", names[1])
-        else:
-            _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
-            _ip("-n", hub, "link", "set", "bridge", "up")
-            for rank, name in enumerate(names):
-                _ip("-n", hub, "link", "add", f"port{rank}", "type", "veth", "peer", "name", INTERFACE, "netns", name)
-                _ip("-n", hub, "link", "set", f"port{rank}", "master", "bridge", "up")
-        for rank, name in enumerate(names):
-            _ip("-n", name, "addr", "add", f"10.99.0.{rank + 1}/24", "dev", INTERFACE)
-            _ip("-n", name, "link", "set", INTERFACE, "up")
-        yield names
-    finally:
-        for name in made:  # a namespace takes its interfaces with it
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=10)
-
-
-def _enter(names: list[str], rank: int) -> None:
-    """Move this process, which has one thread yet, into its rank's namespace."""
-    with open(f"/var/run/netns/{names[rank]}") as namespace:
-        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "setns")
-    os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
-
-
-def _counters() -> tuple[int, int]:
-    """Bytes that the interface of this process's namespace has sent and received."""
-    with open("/proc/self/net/dev") as file:
-        for line in file:
-            name, _, figures = line.partition(":")
-            if name.strip() == INTERFACE:
-                return int(figures.split()[8]), int(figures.split()[0])
-    raise AssertionError(f"no interface {INTERFACE}")
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
 # ---- the traffic -----------------------------------------------------------------------------------------------------
@@ -166,26 +91,19 @@ class Traffic(NamedTuple):
     received: int
 
 
-def _sent_twice() -> int:
-    """Segments that TCP has sent again in this process's namespace."""
-    with open("/proc/self/net/snmp") as file:
-        names, values = (line.split() for line in file if line.startswith("Tcp:"))
-    return int(values[names.index("RetransSegs")])
-
-
 def _measure(burst: Callable[[Meter], None]) -> Traffic:
     """Count a burst, again if TCP lost patience in it on any rank: a starved machine answers late."""
     for _ in range(6):
         meter = Meter()
         dist.barrier()
         time.sleep(0.05)  # for late acknowledgements of what came before
-        sent, received = _counters()
-        repeated = _sent_twice()
+        sent, received = counters()
+        repeated = sent_twice()
         burst(meter)
         dist.barrier()
         time.sleep(0.05)
-        sent_after, received_after = _counters()
-        disturbed = torch.tensor(_sent_twice() - repeated)
+        sent_after, received_after = counters()
+        disturbed = torch.tensor(sent_twice() - repeated)
         dist.all_reduce(disturbed)
         if not disturbed:
             break
@@ -201,8 +119,11 @@ def _rank(rank: int, world: int) -> dict[str, Traffic]:
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow), 4])
 def traffic(request: pytest.FixtureRequest) -> list[dict[str, Traffic]]:
     """All bursts, measured once for all tests: by rank and name."""
-    with network(request.param) as names:
-        return run_ranks(request.param, _rank, timeout=50, before=partial(_enter, names))
+    try:
+        with network(request.param) as names:
+            return run_ranks(request.param, _rank, timeout=50, before=partial(enter, names))
+    except HostsError as error:
+        pytest.skip(str(error))
 
 
 # ---- the claims ------------------------------------------------------------------------------------------------------
@@ -232,10 +153,3 @@ def test_the_interface_receives_what_the_meter_says_and_the_protocol(
     for rank in traffic:
         burst = rank[name]
         assert burst.meter_received <= burst.received <= most(burst.meter_received, burst.meter_sent)
-
-
-def test_no_namespace_is_left_behind_even_after_an_error() -> None:
-    with pytest.raises(ValueError, match="inside"), network(2) as names:
-        raise ValueError("inside")
-    left = subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True, timeout=10).stdout
-    assert not any(name in left for name in names)
