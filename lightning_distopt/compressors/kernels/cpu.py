@@ -443,6 +443,10 @@ def _add_levels(codes, table, size, out):
             low, high = levels[0], levels[1]
             for i in range(part.size):
                 part[i] += high if code[i] else low
+        elif levels.size == 3:  # a choice is a vector instruction, a look-up is not
+            low, middle, high = levels[0], levels[1], levels[2]
+            for i in range(part.size):
+                part[i] += low if code[i] == 0 else (middle if code[i] == 1 else high)
         else:
             for i in range(part.size):
                 part[i] += levels[code[i]]
@@ -674,4 +678,4 @@ def _largest_of(bits, survivors, places):
 @njit(**_PLAIN)
 def _scatter_add(out, places, values, alpha):
     for i in range(places.size):
-        out[places[i]] += alpha * values[i]
+        out[uint32(places[i])] += alpha * values[i]  # unsigned: no look at whether an index counts from the end
