@@ -237,7 +237,7 @@ def _best_magnitudes(v, size, found):
         # The sum divided by d falls with the bound, so the root is between any bound and what it gives; halve.
         share = float32(1) / float32(part.size)
         low, high = float32(0), largest
-        for _ in range(24):
+        for _ in range(20):
             middle = float32(0.5) * low + float32(0.5) * high
             if _share_from(part, middle, share) >= middle:
                 low = middle
