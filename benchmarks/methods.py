@@ -190,7 +190,8 @@ def method(name: str) -> Method:
     if path == "updates" and text:
         return _updates(text, f"{parse(text)}, error feedback, step ahead")
     raise ValueError(
-        f"`methods` must be among {', '.join(METHODS)}, or `gradients:`, `feedback:` or `updates:` and a compressor: got {name!r}."
+        f"`methods` must be among {', '.join(METHODS)}, or `gradients:`, `feedback:` or `updates:` and a compressor: got "
+        f"{name!r}."
     )
 
 
