@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
 
+from lightning_distopt.advice.measure import timed
 from lightning_distopt.compressors import Compressor, parse
 from lightning_distopt.compressors.kernels import kernels_of, reference_only
 
@@ -53,26 +53,16 @@ def measure(name: str, numel: int, rounds: int, device: torch.device) -> dict[st
         payload = compressor.compress(source[:1000], 1)  # compiles
         found = []
         took = {
-            "copy": _timed(lambda: target.copy_(source), device),
-            "add": _timed(lambda: target.add_(source), device),
-            "encode": _timed(lambda: found.append(compressor.compress_(buffer, 1, assume_finite=True)), device),  # noqa: B023
+            "copy": timed(lambda: target.copy_(source), device),
+            "add": timed(lambda: target.add_(source), device),
+            "encode": timed(lambda: found.append(compressor.compress_(buffer, 1, assume_finite=True)), device),  # noqa: B023
         }
         payload = found[0]
-        took["decode"] = _timed(lambda: compressor.decompress_add_(payload, target, 0.5), device)  # noqa: B023
+        took["decode"] = timed(lambda: compressor.decompress_add_(payload, target, 0.5), device)  # noqa: B023
         if number:  # the first one warms up
             for what, value in took.items():
                 seconds[what].append(value)
     return seconds
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning_distopt.advice.candidates import Candidate
 from lightning_distopt.advice.cost_model import CodecSpeed, Link
 
-__all__ = ["measure_codec", "measure_link"]
+__all__ = ["measure_codec", "measure_link", "timed"]
 
 _SMALL, _LARGE = 256, 1 << 20  # elements of float32: 1 kB shows the latency, 4 MB the bandwidth
 _REPEATS = 5
@@ -32,7 +32,7 @@ def measure_link(device: torch.device, group: dist.ProcessGroup | None = None, s
 
     def all_reduce(numel: int) -> float:
         values = torch.ones(numel, device=device)
-        took = [_timed(lambda: dist.all_reduce(values, group=group), device) for _ in range(_REPEATS + 1)]
+        took = [timed(lambda: dist.all_reduce(values, group=group), device) for _ in range(_REPEATS + 1)]
         slowest = torch.tensor(median(took[1:]), device=device, dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
         return float(slowest)
@@ -71,9 +71,9 @@ def measure_codec(candidate: Candidate, device: torch.device, numel: int = 1 << 
                 x.copy_(buffer)
                 return compressor.compress_(buffer, 1, assume_finite=True)
 
-            encode.append(_timed(compress, device))
+            encode.append(timed(compress, device))
             payload = compressor.compress(source, 1, assume_finite=True)
-            decode.append(_timed(lambda payload=payload: compressor.decompress_add_(payload, out, 0.5), device))  # type: ignore[misc]
+            decode.append(timed(lambda payload=payload: compressor.decompress_add_(payload, out, 0.5), device))  # type: ignore[misc]
         return min(encode), min(decode)
 
     both(1024)  # compile
@@ -86,7 +86,8 @@ def measure_codec(candidate: Candidate, device: torch.device, numel: int = 1 << 
     return CodecSpeed(speed_encode, speed_decode, fixed)
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that ``run`` takes, on a GPU until it has nothing left to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_distopt.advice.candidates import CANDIDATES
 from lightning_distopt.advice.cost_model import CodecSpeed, Link, Workload
-from lightning_distopt.advice.measure import _timed, measure_codec, measure_link
+from lightning_distopt.advice.measure import measure_codec, measure_link, timed
 from lightning_distopt.advice.report import draw, print_table
 
 __all__ = ["AdviceProbe"]
@@ -69,10 +69,10 @@ class AdviceProbe(Callback):
         for _ in range(_REPEATS + 1):
             found: list[Any] = []
             with trainer.precision_plugin.forward_context():
-                forward.append(_timed(lambda found=found: found.append(module.training_step(batch, 0)), device))  # type: ignore[misc]
+                forward.append(timed(lambda found=found: found.append(module.training_step(batch, 0)), device))  # type: ignore[misc]
             loss = found[0]["loss"] if isinstance(found[0], dict) else found[0]
             if isinstance(loss, Tensor) and module.automatic_optimization:
-                backward.append(_timed(loss.backward, device))
+                backward.append(timed(loss.backward, device))
             else:  # manual optimization: backward is inside, about two thirds
                 backward.append(2 / 3 * forward[-1])
                 forward[-1] /= 3

@@ -22,7 +22,6 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -34,46 +33,17 @@ from lightning_distopt.compressors import Compressor, Dense
 from lightning_distopt.compressors.randomness import derive_key
 from lightning_distopt.data_parallel.agreement import agree, first_bad_parameter
 from lightning_distopt.data_parallel.buckets import Bucket, Group, make_buckets
-from lightning_distopt.data_parallel.exchanges import ExchangeName, make_exchange
+from lightning_distopt.data_parallel.exchanges import make_exchange
 from lightning_distopt.data_parallel.replicas import check_alike
 from lightning_distopt.data_parallel.server_memory import ServerMemory
 from lightning_distopt.data_parallel.state import collect_state, no_state, place_state, rescue_lost
+from lightning_distopt.data_parallel.update_config import UpdateSyncConfig
 from lightning_distopt.error_feedback import FlatViews, average_, compensate_, compress_, step_ahead_
 from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.exchange import Exchange, Meter, Steps, network_failures, overlap
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
 
 __all__ = ["UpdateSync", "UpdateSyncConfig"]
-
-
-@dataclass(frozen=True)
-class UpdateSyncConfig:
-    """The point in the engine's parameter space; a method of a paper is a row of such numbers.
-
-    Args:
-        compressor: of the displacements, contractive.
-        exchange: how payloads are averaged.
-        coefficient: share of the residual that is stepped ahead, in [0, 1]: 0 is EF, 1 is SAEF.
-        averaging_period: residuals are averaged over ranks every this many rounds, before the step ahead (not in dense
-            rounds, which leave none); 0: never.
-        server_compression: compress the average again, with the server's own residual.
-        dense_steps: rounds at the start that send everything.
-        sync_every: local optimizer steps a round.
-        scope: what the compressor is handed: each parameter ("tensor") or all of them as one ("model").
-        bucket_bytes: size of what is compressed while the bucket before it is on the network.
-        seed: enters the keys of all randomness.
-    """
-
-    compressor: Compressor
-    exchange: ExchangeName
-    coefficient: float = 1.0
-    averaging_period: int = 0
-    server_compression: bool = False
-    dense_steps: int = 0
-    sync_every: int = 1
-    scope: str = "tensor"
-    bucket_bytes: float = 25 * 2**20
-    seed: int = 0
 
 
 class UpdateSync:

@@ -7,18 +7,17 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.nn import Embedding, EmbeddingBag, Parameter
+from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -30,15 +29,22 @@ from lightning_distopt.data_parallel.exchanges import ExchangeName, choose_excha
 from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.error_feedback import refuse_unless_contractive
 from lightning_distopt.exchange import Meter, network_failures
-from lightning_distopt.strategies.checks import choice, count, ddp_arguments, flag, fraction, positive
+from lightning_distopt.strategies.checks import choice, count, ddp_arguments, flag, positive
+from lightning_distopt.strategies.combinations import (
+    ErrorFeedback,
+    ExchangeChoice,
+    Scope,
+    checked_coefficient,
+    checked_error_feedback,
+    refuse_averages_of_local_parameters,
+    refuse_tensors_that_cannot_be_compressed,
+    refuse_what_a_specification_brings,
+    refuse_what_belongs_to_updates,
+)
 from lightning_distopt.strategies.local_steps import LocalSteps
 from lightning_distopt.strategies.rank_state import RankState
 
 __all__ = ["CompressedDDPStrategy"]
-
-ErrorFeedback = Literal["step_ahead", "local", "gradient", "none"]
-ExchangeChoice = Literal["auto", "all_reduce", "all_gather", "sharded_server"]
-Scope = Literal["tensor", "model"]
 
 
 class CompressedDDPStrategy(DDPStrategy):
@@ -130,7 +136,7 @@ class CompressedDDPStrategy(DDPStrategy):
         ddp_arguments(type(self).__name__, ddp_kwargs)
         super().__init__(**ddp_kwargs)
         self.compressor = as_compressor(compressor)
-        self.error_feedback: ErrorFeedback = self._checked_error_feedback(error_feedback)
+        self.error_feedback: ErrorFeedback = checked_error_feedback(self, error_feedback)
         self.exchange: ExchangeChoice = choice("exchange", exchange, ExchangeChoice)
         self.scope: Scope = choice("scope", scope, Scope)
         self.dense_steps = count("dense_steps", dense_steps, 0)
@@ -138,19 +144,17 @@ class CompressedDDPStrategy(DDPStrategy):
         self.bucket_mb = positive("bucket_mb", bucket_mb)
         self.strict_sidecars = flag("strict_sidecars", strict_sidecars)
         self.server_compression = None if server_compression is None else flag("server_compression", server_compression)
-        self.coefficient = self._checked_coefficient(coefficient)
+        self.coefficient = checked_coefficient(self, coefficient)
         self.averaging_period = count("averaging_period", averaging_period, 0)
         self.allow_noncontractive = flag("allow_noncontractive", allow_noncontractive)
         if not self.sends_updates:
-            self._refuse_what_belongs_to_updates()
+            refuse_what_belongs_to_updates(self)
         if isinstance(self.compressor, Specification):
-            self._refuse_what_a_specification_brings()
+            refuse_what_a_specification_brings(self)
         else:
             if self.uses_residuals:
                 refuse_unless_contractive(self.compressor, self.error_feedback, self.allow_noncontractive)
-            if (
-                self.exchange != "auto"
-            ):  # an exchange that cannot carry the compressor is refused here, not in the workers
+            if self.exchange != "auto":  # what cannot carry the compressor is refused here, not in the workers
                 make_exchange(self.exchange, self.compressor, Meter())
         self.meter = Meter()
         self.run_id = 0
@@ -175,69 +179,6 @@ class CompressedDDPStrategy(DDPStrategy):
         """Whether local optimizer steps are exchanged (else gradients, inside backward)."""
         return self.error_feedback in ("step_ahead", "local")
 
-    def _checked_error_feedback(self, error_feedback: ErrorFeedback) -> ErrorFeedback:
-        specification = self.compressor if isinstance(self.compressor, Specification) else None
-        chosen: ErrorFeedback = choice("error_feedback", error_feedback, ErrorFeedback)
-        if specification is None or chosen == "none" or (chosen == "gradient" and specification.keeps_residual):
-            return chosen
-        fitting = "'gradient' or 'none'" if specification.keeps_residual else "'none'"
-        raise ValueError(
-            f"`error_feedback` must be {fitting} with `compressor={specification}`, which works on gradients"
-            f"{'' if specification.keeps_residual else ' and keeps no residual'}: got {chosen!r}. Use "
-            f"`error_feedback={specification.error_feedback!r}`."
-        )
-
-    def _checked_coefficient(self, coefficient: float | None) -> float:
-        if not self.sends_updates:
-            if coefficient is not None:
-                raise ValueError(
-                    f"`coefficient` belongs to error feedback in units of parameters: got {coefficient} with "
-                    f"`error_feedback={self.error_feedback!r}`. Leave it out."
-                )
-            return 0.0
-        if self.error_feedback == "local":
-            if coefficient:
-                raise ValueError(
-                    f"`coefficient` must be 0 with `error_feedback='local'`: got {coefficient}. Use "
-                    "`error_feedback='step_ahead'` to take gradients ahead of the common model."
-                )
-            return 0.0
-        return 1.0 if coefficient is None else fraction("coefficient", coefficient)
-
-    def _refuse_what_belongs_to_updates(self) -> None:
-        for argument, value, idle in (
-            ("averaging_period", self.averaging_period, 0),
-            ("sync_every", self.sync_every, 1),
-            ("scope", self.scope, "tensor"),
-        ):
-            if value != idle:
-                raise ValueError(
-                    f"`{argument}` belongs to error feedback in units of parameters: got {value!r} with "
-                    f"`error_feedback={self.error_feedback!r}`. Leave it out, or use `error_feedback='step_ahead'`."
-                )
-        if self.allow_noncontractive and not self.uses_residuals:
-            raise ValueError(
-                "`allow_noncontractive` belongs to error feedback: got True with `error_feedback='none'`, where no residual "
-                "can grow. Leave it out."
-            )
-        if self.error_feedback == "gradient" and self.server_compression:
-            raise ValueError(
-                "`server_compression` must be False with `error_feedback='gradient'`: got True, and what the server left out "
-                "would be lost. Leave it out, or use `error_feedback='step_ahead'`, where the server has a residual."
-            )
-
-    def _refuse_what_a_specification_brings(self) -> None:
-        for argument, value, idle in (
-            ("exchange", self.exchange, "auto"),
-            ("server_compression", bool(self.server_compression), False),
-            ("allow_noncontractive", self.allow_noncontractive, False),
-        ):
-            if value != idle:
-                raise ValueError(
-                    f"`{argument}` must be {idle!r} with `compressor={self.compressor}`, which brings communication of its own: "
-                    f"got {value!r}. Leave it out."
-                )
-
     @property
     def precision_plugin(self) -> Precision:
         return super().precision_plugin
@@ -258,8 +199,8 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
-        self._refuse_averages_of_local_parameters()
-        self._refuse_tensors_that_cannot_be_compressed()
+        refuse_averages_of_local_parameters(self)
+        refuse_tensors_that_cannot_be_compressed(self)
         self.meter = Meter()
         world = dist.get_world_size()
         # Ranks may have seeded themselves differently; what they draw together must not depend on it.
@@ -315,32 +256,6 @@ class CompressedDDPStrategy(DDPStrategy):
         if self.server_compression is None:
             return exchange == "sharded_server" and self.error_feedback != "gradient"
         return self.server_compression
-
-    def _refuse_averages_of_local_parameters(self) -> None:
-        assert self.lightning_module is not None
-        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
-        averaging = [type(c).__name__ for c in callbacks if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]
-        if self.sync_every > 1 and averaging:
-            raise MisconfigurationException(
-                f"`sync_every={self.sync_every}` does not go with {averaging[0]}: between exchanges each rank holds parameters "
-                "of its own, and each would average those. Use `sync_every=1`, or leave the callback out."
-            )
-
-    def _refuse_tensors_that_cannot_be_compressed(self) -> None:
-        module, name = self.lightning_module, type(self).__name__
-        assert module is not None
-        odd = [n for n, parameter in module.named_parameters() if parameter.is_complex()]
-        if odd:
-            raise TypeError(
-                f"`{name}` cannot compress complex parameters: got {odd}. Hold their real and imaginary parts in real "
-                "parameters (`torch.view_as_real`), or use `strategy='ddp'`."
-            )
-        sparse = [n for n, m in module.named_modules() if isinstance(m, (Embedding, EmbeddingBag)) and m.sparse]
-        if sparse and not self.sends_updates:
-            raise MisconfigurationException(
-                f"`error_feedback={self.error_feedback!r}` cannot compress sparse gradients, which {sparse} would make. Use "
-                "`sparse=False` there, or `error_feedback='step_ahead'`, which sends updates."
-            )
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
