@@ -28,7 +28,11 @@ class _Library(NamedTuple):
 
 
 _LIBRARIES = {
-    "cpu": _Library("cpu", "numba", 'Install it with `pip install "lightning-distopt[fast]"`.'),
+    "cpu": _Library(
+        "cpu",
+        "numba",
+        "Install it (extra `fast`), or let the variable NUMBA_CACHE_DIR name a folder that can be written.",
+    ),
     "cuda": _Library("cuda", "triton", "It comes with torch's CUDA packages on Linux."),
 }
 _enabled = True
@@ -54,9 +58,12 @@ def _load(device: str) -> ModuleType | None:
         return None
     try:
         return importlib.import_module(f"{__name__}.{library.module}")
-    except ImportError as error:
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # numba raises the latter where it finds no folder for what it compiled
         warnings.warn(
-            f"Compressing on {device} falls back to plain torch, several times slower: `{library.needs}` cannot be imported "
+            f"Compressing on {device} falls back to plain torch, several times slower: `{library.needs}` cannot be used "
             f"({error}). {library.cure}",
             stacklevel=2,
         )
