@@ -50,7 +50,7 @@ def measure(name: str, numel: int, rounds: int, device: torch.device) -> dict[st
     seconds: dict[str, list[float]] = {"copy": [], "add": [], "encode": [], "decode": []}
     for number in range(rounds + 1):
         buffer.copy_(source)
-        payload = compressor.compress(source[:1000], 1)  # compiles
+        compressor.compress(source[:1000], 1)  # compiles
         found = []
         took = {
             "copy": timed(lambda: target.copy_(source), device),

@@ -69,9 +69,9 @@ def _sign_left(v: Tensor) -> float:
     return 1.0 - float(v.abs().sum() ** 2 / (v.numel() * v.square().sum()))
 
 
-def _binary_left(buckets: int) -> Callable[[Tensor], float]:
-    """What is left of a bucket's energy round its mean is at most all but the mean's, 1/4 of it here: loose, for any data."""
-    return lambda v: 1.0 - 1.0 / min(buckets, v.numel())
+def _binary_left(bucket: int) -> Callable[[Tensor], float]:
+    """A loose bound: two means keep more than ``1 / d`` of a bucket's energy."""
+    return lambda v: 1.0 - 1.0 / min(bucket, v.numel())
 
 
 def _clipped_left(bucket: int) -> Callable[[Tensor], float]:
