@@ -247,7 +247,7 @@ def _accuracy_tables(rows: Sequence[Row]) -> list[str]:
         chosen = [row for row in mine if row["lr"] == best[row["method"]]]
         peaks = sorted(max(a for _, a in _curve(row)) for row in chosen)
         target = int(100 * peaks[len(peaks) // 4]) / 100  # three quarters of the runs get there
-        links = list(dict.fromkeys(row["bandwidth"] for row in chosen))
+        links = [link for link in dict.fromkeys(row["bandwidth"] for row in chosen) if bits_per_second(link)]
         lines = []
         for name in sorted(best, key=_place):
             runs = [row for row in chosen if row["method"] == name]

@@ -103,7 +103,7 @@ def refuse_what_a_specification_brings(strategy: CompressedDDPStrategy) -> None:
 
 
 def refuse_averages_of_local_parameters(strategy: CompressedDDPStrategy) -> None:
-    """Raise for callbacks that would average what each rank has for itstrategy."""
+    """Raise for callbacks that would average what each rank has for itself."""
     assert strategy.lightning_module is not None
     callbacks = strategy.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
     averaging = [type(c).__name__ for c in callbacks if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]
