@@ -1,7 +1,7 @@
 """Compiled twins of the plain-torch code: one pass over memory where torch takes many.
 
 :func:`kernels_for` chooses by device and dtype, and the caller falls back to plain torch where it returns ``None``. Every
-kernel is tested equal to the plain code. What it may do differently is the order of a sum, so a level or scale can differ
+kernel is tested equal to the plain code. numba compiles for the CPU, Triton for GPUs. What a kernel may do differently is the order of a sum, so a level or scale can differ
 in its last bits; all that is drawn, packed and left over is the same bit for bit.
 """
 
@@ -33,7 +33,9 @@ _LIBRARIES = {
         "numba",
         "Install it (extra `fast`), or let the variable NUMBA_CACHE_DIR name a folder that can be written.",
     ),
-    "cuda": _Library("cuda", "triton", "It comes with torch's CUDA packages on Linux."),
+    "cuda": _Library(
+        "cuda", "triton", "It comes with torch's CUDA packages on Linux, and needs a C compiler (`gcc`) to start kernels."
+    ),
 }
 _enabled = True
 
@@ -58,10 +60,8 @@ def _load(device: str) -> ModuleType | None:
         return None
     try:
         return importlib.import_module(f"{__name__}.{library.module}")
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # numba raises the latter where it finds no folder for what it compiled
+    # The latter: numba finds no folder for what it compiled, or Triton cannot start a first kernel.
+    except (ImportError, RuntimeError) as error:
         warnings.warn(
             f"Compressing on {device} falls back to plain torch, several times slower: `{library.needs}` cannot be used "
             f"({error}). {library.cure}",
