@@ -7,6 +7,11 @@
 One round measures, for each compressor in turn, ``Tensor.copy_`` into a preallocated tensor, then ``compress_`` (encode and
 leave the residual), then ``decompress_add_``; the table shows medians over rounds of the ratios to the copy of the same
 round, and their quartiles. ``add`` is what it costs to add the residual to a gradient first, where that is not fused.
+
+The title gives the bandwidth of the copy: 8 bytes an element, read and written. The shares compare with it the bytes that
+encoding cannot do without (read the values, leave the residual, write the payload) and decoding (read the payload, read and
+write what it names), each over its median time. On a GPU, times lie between two events on its stream: gaps in which it waits
+for the next launch count, for the copy and for the rest alike.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median, quantiles
@@ -38,6 +43,8 @@ TARGETS: dict[str, tuple[float, float]] = {
     "terngrad": (6.0, 2.0),
     "topk:0.01": (6.0, 0.25),
 }
+# On a GPU: of the bandwidth of a copy, at least, to encode with residual.
+SHARES = dict.fromkeys(("sign", "bingrad_b", "bingrad_pb", "qsgd:5"), 0.5)
 NAMES = (*TARGETS, "orq:3", "orq:9", "qsgd:9", "linear:5", "onebit", "random_block:0.01", "bf16", "fp16")
 
 
@@ -50,19 +57,41 @@ def measure(name: str, numel: int, rounds: int, device: torch.device) -> dict[st
     seconds: dict[str, list[float]] = {"copy": [], "add": [], "encode": [], "decode": []}
     for number in range(rounds + 1):
         buffer.copy_(source)
-        compressor.compress(source[:1000], 1)  # compiles
         found = []
         took = {
-            "copy": timed(lambda: target.copy_(source), device),
-            "add": timed(lambda: target.add_(source), device),
-            "encode": timed(lambda: found.append(compressor.compress_(buffer, 1, assume_finite=True)), device),  # noqa: B023
+            "copy": _timed(lambda: target.copy_(source), device),
+            "add": _timed(lambda: target.add_(source), device),
+            "encode": _timed(lambda: found.append(compressor.compress_(buffer, 1, assume_finite=True)), device),  # noqa: B023
         }
         payload = found[0]
-        took["decode"] = timed(lambda: compressor.decompress_add_(payload, target, 0.5), device)  # noqa: B023
-        if number:  # the first one warms up
+        took["decode"] = _timed(lambda: compressor.decompress_add_(payload, target, 0.5), device)  # noqa: B023
+        if number:  # the first one compiles and warms up
             for what, value in took.items():
                 seconds[what].append(value)
     return seconds
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that ``run`` takes; on a GPU without the start of the first kernel and the wait for the last."""
+    if device.type != "cuda":
+        return timed(run, device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def necessary_bytes(name: str, numel: int) -> tuple[int, int]:
+    """Return the bytes that must be read and written at least: to encode with residual, to decode and add."""
+    compressor = parse(name)
+    assert isinstance(compressor, Compressor)
+    payload = compressor.nbytes(numel)
+    named = next((field.numel for field in compressor.layout(numel, torch.float32) if field.name == "values"), numel)
+    looked_at = named if compressor.shared_randomness else numel
+    return 4 * looked_at + 4 * named + payload, 8 * named + payload
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -77,6 +106,9 @@ def main(args: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     device, numel = torch.device(options.device), int(options.numel)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
 
     from rich.console import Console
     from rich.table import Table
@@ -84,20 +116,22 @@ def main(args: Sequence[str] | None = None) -> int:
     console = Console()
     with reference_only() if options.reference else nullcontext():
         library = kernels_of(device)
-        table = Table(title=f"{numel / 1e6:g} M float32 on {device}, kernels: {library}; in copies of the same round")
+        table = Table()
         for column in (
             "compressor",
             "GB/s",
             "encode",
             "(quartiles)",
             "target",
+            "share",
             "decode",
             "(quartiles)",
             "target",
+            "share",
             "add",
         ):
             table.add_column(column, justify="left" if column == "compressor" else "right")
-        rows = []
+        rows, copies = [], []
         for name in options.names.split(","):
             with console.status(f"measuring {name}"):
                 seconds = measure(name, numel, options.rounds, device)
@@ -105,17 +139,28 @@ def main(args: Sequence[str] | None = None) -> int:
                 what: [value / copy for value, copy in zip(values, seconds["copy"], strict=True)]
                 for what, values in seconds.items()
             }
-            encode, decode = TARGETS.get(name, (None, None))
+            copies += seconds["copy"]
+            encode, decode = (None, None) if on_gpu else TARGETS.get(name, (None, None))  # those are of one CPU thread
+            shares = [
+                nbytes / median(seconds[what]) / (8 * numel / median(seconds["copy"]))
+                for what, nbytes in zip(("encode", "decode"), necessary_bytes(name, numel), strict=True)
+            ]
+            least = SHARES.get(name) if on_gpu else None
+            verdict = "" if least is None else f" ≥ {least:.0%} {'yes' if shares[0] >= least else 'NO'}"
             gigabytes = 4 * numel / median(seconds["encode"]) / 1e9
             table.add_row(
                 name,
                 f"{gigabytes:.2f}",
                 *_shown(ratios["encode"], encode),
+                f"{shares[0]:.0%}{verdict}",
                 *_shown(ratios["decode"], decode),
+                f"{shares[1]:.0%}",
                 f"{median(ratios['add']):.2f}",
             )
             rows.append([_machine(device), torch.__version__, library, numel, options.rounds, name, f"{gigabytes:.3f}"])
             rows[-1] += [f"{q:.3f}" for what in ("encode", "decode", "add") for q in _quartiles(ratios[what])]
+    bandwidth = 8 * numel / median(copies) / 1e9
+    table.title = f"{numel / 1e6:g} M float32 on {device}, kernels: {library}; in copies of the same round, at {bandwidth:.1f} GB/s"
     console.print(table)
     _append(options.csv, rows)
     return 0

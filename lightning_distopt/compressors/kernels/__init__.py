@@ -1,8 +1,9 @@
 """Compiled twins of the plain-torch code: one pass over memory where torch takes many.
 
-:func:`kernels_for` chooses by device and dtype, and the caller falls back to plain torch where it returns ``None``. Every
-kernel is tested equal to the plain code. numba compiles for the CPU, Triton for GPUs. What a kernel may do differently is the order of a sum, so a level or scale can differ
-in its last bits; all that is drawn, packed and left over is the same bit for bit.
+:func:`kernels_for` chooses by device and dtype, and the caller falls back to plain torch where it returns ``None``. numba
+compiles for the CPU, Triton for GPUs. Every kernel is tested equal to the plain code. What it may do differently is the
+order of a sum, so a level or scale can differ in its last bits; all that is drawn, packed and left over is the same bit
+for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ _LIBRARIES = {
         "Install it (extra `fast`), or let the variable NUMBA_CACHE_DIR name a folder that can be written.",
     ),
     "cuda": _Library(
-        "cuda", "triton", "It comes with torch's CUDA packages on Linux, and needs a C compiler (`gcc`) to start kernels."
+        "cuda",
+        "triton",
+        "It comes with torch's CUDA packages on Linux, and needs a C compiler (`gcc`) to start kernels.",
     ),
 }
 _enabled = True

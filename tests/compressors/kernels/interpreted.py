@@ -27,7 +27,7 @@ from tests.compressors.table import ROWS, Row, gaussian
 
 KEYS = (0, 1, 0x0123456789ABCDEF, 2**64 - 1)
 # Elements and bucket: one; a short last bucket; whole ones; one that more threads hold; several tiles a bucket.
-CASES = ((1, 2048), (7, 8), (100, 48), (2049, 2048), (4096, 1024), (5000, 5000), (9000, 9000), (19_003, 9000))
+CASES = ((1, 2048), (7, 8), (100, 48), (2049, 2048), (4096, 1024), (3000, 3000), (18_003, 9000))
 WORST = {
     "zeros": lambda numel: torch.zeros(numel),
     "equal": lambda numel: torch.full((numel,), -1.5),
@@ -108,7 +108,10 @@ def encode_binary() -> None:
     for v, size in inputs():
         for residual in (False, True):
             a, b = v.clone(), v.clone()
-            (levels, codes), (expected, bits) = cuda.encode_binary(a, size, residual), cpu.encode_binary(b, size, residual)
+            (levels, codes), (expected, bits) = (
+                cuda.encode_binary(a, size, residual),
+                cpu.encode_binary(b, size, residual),
+            )
             near(levels, expected, 3e-7)  # means in float64, rounded once
             same(codes, bits)
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
@@ -174,7 +177,7 @@ def parts_of_a_buffer() -> None:
 
 
 def scheme(row: Row) -> None:
-    for numel in (1, 9, 100, 2049):
+    for numel in (9, 300):
         fast, plain = gaussian(numel), gaussian(numel)
         payload = row.make().compress_(fast, KEYS[2])
         decoded = row.make().decompress(payload)
@@ -196,7 +199,9 @@ def a_bad_value_is_never_hidden() -> None:
     for row in ROWS:
         for bad in (float("nan"), float("-inf")):
             v = _with(gaussian(101), bad)
-            assert not bool(row.make().decompress(row.make().compress(v, 1, assume_finite=True)).isfinite().all()), row.text
+            assert not bool(row.make().decompress(row.make().compress(v, 1, assume_finite=True)).isfinite().all()), (
+                row.text
+            )
 
 
 def other_dtypes_and_nothing_have_no_kernels() -> None:

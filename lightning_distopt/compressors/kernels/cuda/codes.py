@@ -152,7 +152,9 @@ def _encode_binary(
 
 
 @triton.jit
-def _add_levels(out, numel, size, chunks, codes, table, symbols: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+def _add_levels(
+    out, numel, size, chunks, codes, table, symbols: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+):
     buckets, places, valid = tile(numel, size, chunks, rows, columns)
     code = tl.load(codes + places, valid, other=0).to(tl.int64)
     level = tl.load(table + buckets[:, None] * symbols + code, valid, other=0.0)

@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_distopt.compressors.kernels.cuda.common import MAGNITUDE, Tiling, keep, launch_tiles, length, tile, tiling
+from lightning_distopt.compressors.kernels.cuda.common import (
+    MAGNITUDE,
+    Tiling,
+    keep,
+    launch_tiles,
+    length,
+    tile,
+    tiling,
+)
 from lightning_distopt.compressors.kernels.cuda.statistics import bucket_lengths, largest_magnitudes
 
 __all__ = ["best_magnitudes"]
