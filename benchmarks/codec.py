@@ -160,7 +160,9 @@ def main(args: Sequence[str] | None = None) -> int:
             rows.append([_machine(device), torch.__version__, library, numel, options.rounds, name, f"{gigabytes:.3f}"])
             rows[-1] += [f"{q:.3f}" for what in ("encode", "decode", "add") for q in _quartiles(ratios[what])]
     bandwidth = 8 * numel / median(copies) / 1e9
-    table.title = f"{numel / 1e6:g} M float32 on {device}, kernels: {library}; in copies of a round, at {bandwidth:.1f} GB/s"
+    table.title = (
+        f"{numel / 1e6:g} M float32 on {device}, kernels: {library}; in copies of a round, at {bandwidth:.1f} GB/s"
+    )
     console.print(table)
     _append(options.csv, rows)
     return 0
