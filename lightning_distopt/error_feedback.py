@@ -17,7 +17,7 @@ arXiv:2601.20738 (between).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,18 @@ from torch import Tensor
 
 from lightning_distopt.compressors import Compressor, Payload
 from lightning_distopt.compressors.base import wide
+from lightning_distopt.compressors.kernels import kernels_for
 from lightning_distopt.exchange import Meter
 
-__all__ = ["FlatViews", "average_", "compensate_", "refuse_unless_contractive", "step_ahead_"]
+__all__ = [
+    "FlatViews",
+    "average_",
+    "compensate_",
+    "compress_",
+    "displacements",
+    "refuse_unless_contractive",
+    "step_ahead_",
+]
 
 
 class FlatViews:
@@ -61,19 +70,33 @@ def compensate_(params: Iterable[Tensor], anchor: FlatViews, residual: FlatViews
     """Turn the residual into the displacement ``D = (x - z) + (1 - coefficient) * e``, with ``z`` in the parameters.
 
     ``x - z`` is taken first: it is small and nearly exact, while ``e + x`` would round ``e`` to the precision of ``x``.
-    The parameters are scratch afterwards (they hold ``x - z``); the anchor has ``x``.
+    The parameters hold ``x`` again afterwards.
     """
-    for param, x, e in zip(params, anchor.views, residual.views, strict=True):
-        if coefficient == 1.0:
-            torch.sub(x, param, out=e)
-        elif param.dtype is x.dtype:
-            torch.sub(x, param, out=param)
-            torch.add(param, e, alpha=1.0 - coefficient, out=e)
+    for _ in displacements(params, anchor, residual, coefficient):
+        pass
+
+
+def displacements(
+    params: Iterable[Tensor], anchor: FlatViews, residual: FlatViews, coefficient: float
+) -> Iterator[Tensor]:
+    """Do what :func:`compensate_` does, and yield each displacement, 1-D, while the processor's cache still holds it."""
+    for param, x, e, flat in zip(params, anchor.views, residual.views, residual.flats, strict=True):
+        kernel = getattr(kernels_for(param), "displace_", None)  # a device's kernels may lack it
+        if kernel is not None and param.is_contiguous():
+            kernel(param.view(-1), x.view(-1), flat, 1.0 - coefficient)
         else:
-            e.mul_(1.0 - coefficient).add_(x - param)
+            if coefficient == 1.0:
+                torch.sub(x, param, out=e)
+            elif param.dtype is x.dtype:
+                torch.sub(x, param, out=param)
+                torch.add(param, e, alpha=1.0 - coefficient, out=e)
+            else:
+                e.mul_(1.0 - coefficient).add_(x - param)
+            param.copy_(x)
+        yield flat
 
 
-def compress_(compressor: Compressor, tensors: Sequence[Tensor], keys: Sequence[int]) -> list[Payload]:
+def compress_(compressor: Compressor, tensors: Iterable[Tensor], keys: Sequence[int]) -> list[Payload]:
     """Compress each tensor and leave its residual in place."""
     return [compressor.compress_(t, k, assume_finite=True) for t, k in zip(tensors, keys, strict=True)]
 

@@ -45,8 +45,11 @@ class RandomBlock(Compressor):
     def _encode(self, flat: Tensor, key: int) -> dict[str, Tensor]:
         head, tail = _block(flat, kept(flat.numel(), self.ratio), key)
         values = torch.cat((head, tail))
-        # A NaN or Inf outside the block must not be hidden: 0 * sum is 0 for finite input, NaN otherwise.
-        return {"values": values + 0.0 * flat.mul(0.0).sum()}
+        if flat.numel():
+            # A NaN or Inf outside the block must not be hidden: 0 times an extreme is 0 for finite input, else NaN.
+            least, largest = torch.aminmax(flat)
+            values += 0.0 * least + 0.0 * largest
+        return {"values": values}
 
     def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
         values = fields["values"].to(out.dtype)

@@ -45,6 +45,11 @@ class Bucket:
         """Return names and flat tensors of what a compressor is handed: all of the bucket as one, or its parameters."""
         return (["+".join(self.names)], [memory.flat]) if whole else (self.names, memory.flats)
 
+    @property
+    def direct(self) -> bool:
+        """Whether means can be added to the parameters themselves: flat views of them are as fine as the anchors."""
+        return all(param.is_contiguous() and param.dtype is self.anchor.flat.dtype for param in self.params)
+
     def restore(self) -> None:
         """Write ``x`` back into the parameters."""
         for param, x in zip(self.data, self.anchor.views, strict=True):

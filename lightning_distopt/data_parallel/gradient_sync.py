@@ -11,13 +11,14 @@ With residuals, a bucket's buffer is where ``v`` is built and what compression l
 touched before all means are there. Those are the same bits on all ranks, so all ranks see alike whether they are finite,
 and either all keep their new residuals or none does, without a word between them.
 
-Memory beyond DDP's: nothing, or one copy of the gradients for the residuals, and, from the last bucket to the end of
-backward, the means of one bucket, or, with residuals, of all.
+Memory beyond DDP's: nothing, or one copy of the gradients for the residuals, and what arrived, still compressed; it is
+decoded into DDP's own buffers. What is sent dense (``dense_steps``, 16 bits, parameters that PowerSGD leaves alone) arrives
+as large as it is, and half-precision gradients with residuals are added up in float32, one more copy until backward ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.futures import Future
 from torch.nn import Parameter
 
 from lightning_distopt.compressors import Compressor, Specification
-from lightning_distopt.compressors.base import all_finite, wide
+from lightning_distopt.compressors.base import wide
 from lightning_distopt.data_parallel.agreement import agree, first_non_finite
 from lightning_distopt.data_parallel.exchanges import ExchangeName, make_tensor_mean
 from lightning_distopt.data_parallel.gradient_memory import GradientMemory
@@ -36,6 +37,7 @@ from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.exchange import Meter, Steps, network_failures
 from lightning_distopt.exchange.base import drain
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
+from lightning_distopt.exchange.tensor_mean import MeanTensors
 
 __all__ = ["GradientSync"]
 
@@ -48,7 +50,7 @@ class _Arrived:
         buffer: DDP's, where the means go.
         names: of its parameters.
         tensors: what was handed to the exchange, one a parameter.
-        means: one a parameter.
+        means: of them.
         used: whether this rank's gradient of each parameter held anything but zeros; empty if nobody asks.
         future: DDP waits for it.
     """
@@ -56,7 +58,7 @@ class _Arrived:
     buffer: Tensor
     names: list[str]
     tensors: list[Tensor]
-    means: list[Tensor]
+    means: MeanTensors
     used: list[Tensor]
     future: Future[Tensor]
 
@@ -164,7 +166,7 @@ class GradientSync:
                 self.memory.compensate_(names, tensors, self._rates)
         means = yield from mean.mean_(names, tensors, flat, self.rounds)
         with self.meter.timed("encode"):
-            if not _all_finite(means):  # the same bits on all ranks, so the same answer
+            if not means.finite():  # the same bits on all ranks, so the same answer
                 index = first_non_finite(tensors)
                 self._non_finite.append(None if index is None else names[index])
             arrived = _Arrived(buffer, names, tensors, means, used, future)
@@ -190,20 +192,14 @@ class GradientSync:
         """Write new residuals into their memory, if the step was finite, and the means into DDP's buffers."""
         if self.memory is None:
             return
-        mean = self._dense if self.rounds < self.dense_steps else self._mean
         idle = self._idle()
         with self.meter.timed("encode"):
             for arrived in self._arrived:
                 if not self._non_finite:
-                    mean.leave_(arrived.names, arrived.tensors, arrived.means)
-                    members = list(zip(arrived.names, arrived.tensors, arrived.means, strict=True))
-                    awake = [(name, tensor) for name, tensor, _ in members if name not in idle]
+                    arrived.means.leave_(arrived.tensors)
+                    awake = [pair for pair in zip(arrived.names, arrived.tensors, strict=True) if pair[0] not in idle]
                     self.memory.keep([name for name, _ in awake], [tensor for _, tensor in awake], self._rates)
-                    for name, _, values in members:
-                        if name in idle:
-                            values.zero_()
-                _deliver(arrived)
-                arrived.means = []
+                _deliver(arrived, idle)
 
     def _idle(self) -> set[str]:
         """Return the parameters whose gradient is 0 on all ranks, the same set on each."""
@@ -267,14 +263,11 @@ class GradientSync:
             self.memory.rates = {name: float(rate) for name, rate in state.get("rates", {}).items()}
 
 
-def _deliver(arrived: _Arrived) -> None:
-    """Give DDP the means."""
-    parts = torch.split(arrived.buffer, [mean.numel() for mean in arrived.means])
-    for part, mean in zip(parts, arrived.means, strict=True):
-        part.copy_(mean)
+def _deliver(arrived: _Arrived, idle: Collection[str] = ()) -> None:
+    """Give DDP the means, and 0 for idle parameters, which take no part in the step."""
+    arrived.means.write_(arrived.buffer)
+    parts = torch.split(arrived.buffer, [tensor.numel() for tensor in arrived.tensors])
+    for name, part in zip(arrived.names, parts, strict=True):
+        if name in idle:
+            part.zero_()
     arrived.future.set_result(arrived.buffer)
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    sums = torch.stack([tensor.sum(dtype=wide(tensor.dtype)) for tensor in tensors])  # one look at the device for all
-    return bool(sums.isfinite().all()) or all(all_finite(tensor) for tensor in tensors)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from lightning_distopt.data_parallel.replicas import check_alike
 from lightning_distopt.data_parallel.server_memory import ServerMemory
 from lightning_distopt.data_parallel.state import collect_state, no_state, place_state, rescue_lost
 from lightning_distopt.data_parallel.update_config import UpdateSyncConfig
-from lightning_distopt.error_feedback import FlatViews, average_, compensate_, compress_, step_ahead_
+from lightning_distopt.error_feedback import FlatViews, average_, compress_, displacements, step_ahead_
 from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.exchange import Exchange, Meter, Steps, network_failures, overlap
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
@@ -236,27 +236,31 @@ class UpdateSync:
         exchange = self._dense if dense else self._exchange
         whole = self._whole(exchange.compressor)
         names, residuals = bucket.parts(bucket.residual, whole)
-        _, anchors = bucket.parts(bucket.anchor, whole)
+        direct = bucket.direct and not whole  # parameters do not lie end to end, as what is handed over whole does
+        models = [param.view(-1) for param in bucket.data] if direct else bucket.parts(bucket.anchor, whole)[1]
         with self.meter.timed("encode"):
             coefficient = 0.0 if dense else self.config.coefficient
-            compensate_(bucket.data, bucket.anchor, bucket.residual, coefficient)  # [2]
-            payloads = compress_(exchange.compressor, residuals, self._keys(names, group.rounds))
+            displaced: Iterable[Tensor] = displacements(bucket.data, bucket.anchor, bucket.residual, coefficient)  # [2]
+            if whole:
+                _, displaced = list(displaced), residuals
+            payloads = compress_(exchange.compressor, displaced, self._keys(names, group.rounds))
         served = None if bucket.server is None or dense else bucket.parts(bucket.server, whole)[1]
         if served is None:
-            mean = exchange.mean(names, payloads, group.rounds, onto=anchors, alpha=-1.0)
+            mean = exchange.mean(names, payloads, group.rounds, onto=models, alpha=-1.0)
         else:
             mean = exchange.mean(names, payloads, group.rounds, onto=served)
         del payloads  # so that the exchange can free them
         yield from mean  # [3]
         with self.meter.timed("encode"):
             if served is not None:
-                self._serve(names, served, anchors, group.rounds)
-            bucket.restore()
+                self._serve(names, served, models, group.rounds)
+            if not direct:
+                bucket.restore()
 
-    def _serve(self, names: Sequence[str], servers: Sequence[Tensor], anchors: Sequence[Tensor], step: int) -> None:
+    def _serve(self, names: Sequence[str], servers: Sequence[Tensor], models: Sequence[Tensor], step: int) -> None:
         """Let the replicated server answer, the same on every rank: ``v = C(s);  s -= v;  x -= v``."""
         compressor = self.config.compressor
-        for s, x, key in zip(servers, anchors, self._keys(names, step, "@server"), strict=True):
+        for s, x, key in zip(servers, models, self._keys(names, step, "@server"), strict=True):
             compressor.decompress_add_(compressor.compress_(s, key, assume_finite=True), x, alpha=-1.0)
 
     def _whole(self, compressor: Compressor) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lightning_distopt.compressors.base import Payload
-from lightning_distopt.exchange.base import Exchange, Means, device_of
+from lightning_distopt.exchange.base import Arrived, Arriving, Exchange, Piece, device_of
 from lightning_distopt.exchange.wire import Wire
 
 __all__ = ["AllGatherExchange"]
@@ -21,16 +21,10 @@ class AllGatherExchange(Exchange):
     One collective, the lowest latency; the best choice up to about eight ranks.
     """
 
-    def mean(
-        self,
-        names: Sequence[str],
-        payloads: Sequence[Payload],
-        step: int,
-        onto: Sequence[Tensor] | None = None,
-        alpha: float = 1.0,
-    ) -> Means:
+    def gather(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Arriving:
         wire = Wire([self.compressor.layout(payload.numel, payload.dtype) for payload in payloads])
         mine = wire.pack(payloads, device_of(payloads))
+        likes = [Payload({}, payload.shape, payload.dtype, payload.key) for payload in payloads]
         everyones, work = mine, None
         if self.world > 1:
             everyones = torch.empty(self.world * wire.nbytes, dtype=torch.uint8, device=mine.device)
@@ -38,10 +32,11 @@ class AllGatherExchange(Exchange):
             self.meter.all_gather("exchange", wire.nbytes, self.world)
         yield
         self.wait(work, names, step)
-        scale = 1.0 if onto is None else alpha
-        with self.meter.timed("encode"):
-            out = self.targets(payloads, onto)
-            for data in everyones.view(self.world, wire.nbytes):  # in rank order: the same sums on every rank
-                for fields, payload, target in zip(wire.unpack(data), payloads, out, strict=True):
-                    self.add_decoded(fields, payload, target, scale / self.world)
-        return out
+        received = [wire.unpack(data) for data in everyones.view(self.world, wire.nbytes)]
+        return Arrived(
+            [  # tensor after tensor, for the cache, and in each in rank order: the same sums on every rank
+                Piece(self.compressor, replace(like, fields=theirs[tensor]), tensor, 0, 1.0 / self.world)
+                for tensor, like in enumerate(likes)
+                for theirs in received
+            ]
+        )

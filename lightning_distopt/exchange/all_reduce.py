@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Payload
-from lightning_distopt.compressors.dense import Dense
-from lightning_distopt.exchange.base import Exchange, Means
+from lightning_distopt.exchange.base import Arrived, Arriving, Exchange, Piece
 from lightning_distopt.exchange.meter import Meter
 
 __all__ = ["AllReduceExchange"]
@@ -35,14 +34,7 @@ class AllReduceExchange(Exchange):
             )
         super().__init__(compressor, meter, group)
 
-    def mean(
-        self,
-        names: Sequence[str],
-        payloads: Sequence[Payload],
-        step: int,
-        onto: Sequence[Tensor] | None = None,
-        alpha: float = 1.0,
-    ) -> Means:
+    def gather(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Arriving:
         values = [payload.fields["values"] for payload in payloads]
         total = values[0] if len(values) == 1 else torch.cat(values)
         work: dist.Work | None = None
@@ -55,12 +47,10 @@ class AllReduceExchange(Exchange):
             self.meter.all_reduce("exchange", total.nbytes, self.world)
         yield
         self.wait(work, names, step)
-        with self.meter.timed("encode"):
-            fields = torch.split(total, [value.numel() for value in values])
-            scale = shrink / self.world
-            if onto is None and isinstance(self.compressor, Dense):  # the field is the tensor: no second buffer
-                return [field.to(payload.dtype).mul_(scale) for field, payload in zip(fields, payloads, strict=True)]
-            out = self.targets(payloads, onto)
-            for payload, target, field in zip(payloads, out, fields, strict=True):
-                self.add_decoded({"values": field}, payload, target, scale if onto is None else scale * alpha)
-            return out
+        fields = torch.split(total, [value.numel() for value in values])
+        return Arrived(
+            [
+                Piece(self.compressor, replace(payload, fields={"values": field}), tensor, 0, shrink / self.world)
+                for tensor, (payload, field) in enumerate(zip(payloads, fields, strict=True))
+            ]
+        )

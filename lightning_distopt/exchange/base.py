@@ -1,8 +1,8 @@
 """An exchange averages payloads over the ranks: the only place where compressed bytes meet ``torch.distributed``.
 
-``mean`` is a generator. It starts a collective, yields while the network works, and waits when it is resumed, so that a
-caller can compress the next bucket meanwhile. All ranks resume in the same order, hence issue the same collectives in
-the same order:
+``gather`` is a generator, and so is ``mean``, which also decodes. They start a collective, yield while the network works,
+and wait when they are resumed, so that a caller can compress the next bucket meanwhile. All ranks resume in the same order,
+hence issue the same collectives in the same order:
 
     compress 0 ─ start 0 ─ compress 1 ─ start 1 ─ wait 0 ─ decode 0 ─ compress 2 ─ start 2 ─ wait 1 ...
                    └──────── on the network ───────┘
@@ -13,23 +13,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_distopt.compressors.base import Compressor, Payload
+from lightning_distopt.compressors.base import Compressor, Payload, all_finite, wide
 from lightning_distopt.exchange.failure import network_failures
 from lightning_distopt.exchange.meter import Meter
 
-__all__ = ["Collective", "Exchange", "Means", "Steps", "drain", "overlap"]
+__all__ = ["Arrived", "Arriving", "Collective", "Exchange", "Means", "Piece", "Steps", "drain", "overlap"]
 
 Steps: TypeAlias = Generator[None, None, None]
 """Work in stages; each ``yield`` is a moment at which a collective is under way."""
 
 Means: TypeAlias = Generator[None, None, list[Tensor]]
 """The same, which returns averaged tensors at its end: ``means = yield from exchange.mean(...)``."""
+
+Arriving: TypeAlias = "Generator[None, None, Arrived]"
+"""The same, which returns a mean that is still to be decoded."""
 
 
 class Collective:
@@ -57,6 +61,48 @@ class Collective:
                 work.wait()
 
 
+class Piece(NamedTuple):
+    """One payload that has arrived.
+
+    Args:
+        compressor: decodes it.
+        payload: its fields may be views of what came from the network.
+        tensor: number of the tensor that it is part of.
+        start: where in that tensor what it decodes to belongs.
+        weight: of it in the mean.
+    """
+
+    compressor: Compressor
+    payload: Payload
+    tensor: int
+    start: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A mean that is there and not yet decoded, the same on every rank: as small as what travelled.
+
+    Args:
+        pieces: sum to the mean, in this order.
+    """
+
+    pieces: list[Piece]
+
+    def add_to(self, out: Sequence[Tensor], alpha: float = 1.0) -> None:
+        """Add ``alpha`` times the mean to 1-D tensors."""
+        for compressor, payload, tensor, start, weight in self.pieces:
+            target = out[tensor][start : start + payload.numel]
+            compressor.decompress_add_(payload, target, weight * alpha)
+
+    def finite(self) -> bool:
+        """Whether the mean is finite: payloads of something that is not hold a NaN or an infinity themselves."""
+        fields = [f for piece in self.pieces for f in piece.payload.fields.values() if f.is_floating_point()]
+        # A sum is finite only if all terms are; one look at the device for all.
+        sums = [f.sum(dtype=None if f.dtype is torch.bfloat16 else wide(f.dtype)).double() for f in fields]
+        return not sums or bool(torch.stack(sums).isfinite().all()) or all(all_finite(f) for f in fields)
+
+
 class Exchange(Collective, ABC):
     """Averages payloads over a process group.
 
@@ -71,6 +117,18 @@ class Exchange(Collective, ABC):
         self.compressor = compressor
 
     @abstractmethod
+    def gather(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Arriving:
+        """Return the mean over ranks of the decoded payloads, still to be decoded, the same bits on every rank.
+
+        Args:
+            names: one a payload, the same on all ranks; residuals of a server are kept under them.
+            payloads: what this rank contributes, on one device and of one dtype; owned by the exchange from here on.
+            step: number of the exchange; enters the keys of a server's randomness.
+
+        Raises:
+            ExchangeError: if a collective failed or timed out.
+        """
+
     def mean(
         self,
         names: Sequence[str],
@@ -79,12 +137,12 @@ class Exchange(Collective, ABC):
         onto: Sequence[Tensor] | None = None,
         alpha: float = 1.0,
     ) -> Means:
-        """Return the mean over ranks of the decoded payloads, the same bits on every rank.
+        """Gather and decode.
 
         Args:
-            names: one a payload, the same on all ranks; residuals of a server are kept under them.
-            payloads: what this rank contributes, on one device and of one dtype; owned by the exchange from here on.
-            step: number of the exchange; enters the keys of a server's randomness.
+            names: see :meth:`gather`.
+            payloads: the same.
+            step: the same.
             onto: add ``alpha`` times the mean to these 1-D tensors of the payloads' dtype, without memory for the mean.
             alpha: see ``onto``; without it the mean itself is returned.
 
@@ -94,19 +152,18 @@ class Exchange(Collective, ABC):
         Raises:
             ExchangeError: if a collective failed or timed out.
         """
-
-    @staticmethod
-    def targets(payloads: Sequence[Payload], onto: Sequence[Tensor] | None) -> list[Tensor]:
-        """Return ``onto``, or 1-D zeros for each payload, views of one buffer."""
-        if onto is not None:
-            return list(onto)
-        numels = [payload.numel for payload in payloads]
-        flat = torch.zeros(sum(numels), dtype=payloads[0].dtype, device=device_of(payloads))
-        return list(torch.split(flat, numels))
-
-    def add_decoded(self, fields: dict[str, Tensor], like: Payload, out: Tensor, alpha: float) -> None:
-        """Add ``alpha * decoded`` of one rank's fields to ``out``; shape, dtype and key are the own payload's."""
-        self.compressor.decompress_add_(Payload(fields, like.shape, like.dtype, like.key), out, alpha)
+        numels, dtype, device = [payload.numel for payload in payloads], payloads[0].dtype, device_of(payloads)
+        gathered = self.gather(names, payloads, step)
+        del payloads  # so that what gathers can free them
+        arrived = yield from gathered
+        with self.meter.timed("encode"):
+            if onto is not None:
+                out = list(onto)
+                arrived.add_to(out, alpha)
+            else:
+                out = list(torch.split(torch.zeros(sum(numels), dtype=dtype, device=device), numels))
+                arrived.add_to(out)
+        return out
 
 
 def device_of(payloads: Sequence[Payload]) -> torch.device:

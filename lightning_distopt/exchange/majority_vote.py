@@ -6,6 +6,7 @@ Source: arXiv:1802.04434, arXiv:1810.05291; momentum is left to the optimizer, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from lightning_distopt.compressors.base import all_finite
 from lightning_distopt.compressors.bits import add_signs_, pack_bits
-from lightning_distopt.exchange.base import Means
 from lightning_distopt.exchange.meter import Meter
-from lightning_distopt.exchange.tensor_mean import TensorMean
+from lightning_distopt.exchange.tensor_mean import Averaging, MeanTensors, TensorMean
 
 __all__ = ["MajorityVote"]
 
@@ -48,7 +48,7 @@ class MajorityVote(TensorMean):
                 "`compressor='sign'` with `exchange='sharded_server'`."
             )
 
-    def mean_(self, names: Sequence[str], tensors: Sequence[Tensor], flat: Tensor, step: int) -> Means:
+    def mean_(self, names: Sequence[str], tensors: Sequence[Tensor], flat: Tensor, step: int) -> Averaging:
         with self.meter.timed("encode"):
             signs = flat >= 0 if (self.rank + step) % 2 == 0 else flat > 0
             broken = torch.full((1,), not all_finite(flat), dtype=torch.uint8, device=flat.device)
@@ -67,16 +67,35 @@ class MajorityVote(TensorMean):
             self.meter.all_gather("exchange", votes.nbytes, self.world)
         yield
         self.wait(work, names, step)
-        with self.meter.timed("encode"):
-            if self.world <= BIT_RANKS:
-                out = torch.zeros_like(flat)
-                one = torch.ones((), dtype=flat.dtype, device=flat.device)
-                table = ballots.view(self.world, votes.numel())
-                for ballot in table:
-                    add_signs_(ballot[:-1], one, out)
-                broken = table[:, -1].amax()
-            else:
-                out = ballots[:-1].to(flat.dtype)
-                broken = ballots[-1]
-            out.sign_().masked_fill_(broken > 0, float("nan"))
-        return list(torch.split(out, [tensor.numel() for tensor in tensors]))
+        return _Votes(ballots.view(-1, votes.numel()), self.world <= BIT_RANKS)
+
+
+@dataclass(frozen=True)
+class _Votes(MeanTensors):
+    """Means as votes.
+
+    Args:
+        ballots: shape (ranks, bytes of bits and 1) or (1, elements and 1); the last of a row is not 0 where something was
+            not finite.
+        bits: one ballot a rank; else one with the sums.
+    """
+
+    ballots: Tensor
+    bits: bool
+
+    def finite(self) -> bool:
+        return not bool(self._broken)
+
+    @property
+    def _broken(self) -> Tensor:
+        return (self.ballots[:, -1] != 0).any()
+
+    def write_(self, out: Tensor) -> None:
+        if self.bits:
+            out.zero_()
+            one = torch.ones((), dtype=out.dtype, device=out.device)
+            for ballot in self.ballots:
+                add_signs_(ballot[:-1], one, out)
+        else:
+            out.copy_(self.ballots[0, :-1])
+        out.sign_().masked_fill_(self._broken, float("nan"))

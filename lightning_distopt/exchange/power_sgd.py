@@ -12,17 +12,17 @@ The means are the same bits on every rank as far as matrix products and QR are: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_distopt.compressors.base import wide
+from lightning_distopt.compressors.base import all_finite, wide
 from lightning_distopt.compressors.randomness import derive_key, uniform
-from lightning_distopt.exchange.base import Means
 from lightning_distopt.exchange.meter import Meter
-from lightning_distopt.exchange.tensor_mean import TensorMean
+from lightning_distopt.exchange.tensor_mean import Averaging, MeanTensors, TensorMean
 
 __all__ = ["PowerSGDMean", "orthonormal"]
 
@@ -32,6 +32,47 @@ class _Matrix(NamedTuple):
 
     number: int
     m: Tensor
+
+
+class _Factors(NamedTuple):
+    """A mean of rank ``r``, ``p @ q.t()``."""
+
+    p: Tensor
+    q: Tensor
+
+    @property
+    def product(self) -> Tensor:
+        return self.p @ self.q.t()
+
+
+@dataclass(frozen=True)
+class _Approximations(MeanTensors):
+    """Means as factors where a tensor is compressed, else as they are; one matrix is written out at a time.
+
+    Args:
+        means: one a tensor.
+    """
+
+    means: list[_Factors | Tensor]
+
+    def finite(self) -> bool:
+        # The columns of P are of length 1, so that a product of rank r is at most the sum of r numbers of Q.
+        parts = [mean.q.abs().sum(1) + mean.p.sum() if isinstance(mean, _Factors) else mean for mean in self.means]
+        return all(all_finite(part) for part in parts)
+
+    def write_(self, out: Tensor) -> None:
+        start = 0
+        for mean in self.means:
+            values = (mean.product if isinstance(mean, _Factors) else mean).view(-1)
+            out[start : start + values.numel()].copy_(values)
+            start += values.numel()
+
+    def leave_(self, tensors: Sequence[Tensor]) -> None:
+        for tensor, mean in zip(tensors, self.means, strict=True):
+            if isinstance(mean, _Factors):
+                tensor.sub_(mean.product.view(tensor.shape))
+            else:
+                tensor.zero_()
 
 
 class PowerSGDMean(TensorMean):
@@ -51,7 +92,7 @@ class PowerSGDMean(TensorMean):
         self._queries: dict[str, Tensor] = {}  # where the next step starts: Q by name, shape (columns, r)
         self._next: dict[str, Tensor] = {}  # those of the step under way
 
-    def mean_(self, names: Sequence[str], tensors: Sequence[Tensor], flat: Tensor, step: int) -> Means:
+    def mean_(self, names: Sequence[str], tensors: Sequence[Tensor], flat: Tensor, step: int) -> Averaging:
         with self.meter.timed("encode"):
             dtype = wide(flat.dtype)
             matrices = [
@@ -75,26 +116,15 @@ class PowerSGDMean(TensorMean):
             work = self._all_reduce(down)
             yield
             self.wait(work, names, step)
-        with self.meter.timed("encode"):
-            out = torch.empty(flat.numel(), dtype=dtype, device=flat.device)
-            means = list(torch.split(out, [t.numel() for t in tensors]))
-            if matrices:
+        factors = {}
+        if matrices:
+            with self.meter.timed("encode"):
                 down.div_(self.world)
                 queries = [q.view(-1, self.r) for q in torch.split(down, [m.shape[1] * self.r for _, m in matrices])]
-                for (i, m), p, q in zip(matrices, bases, queries, strict=True):
-                    torch.mm(p, q.t(), out=means[i].view(m.shape))
+                factors = {i: _Factors(p, q) for (i, _), p, q in zip(matrices, bases, queries, strict=True)}
                 self._remember([names[i] for i, _ in matrices], queries, step)
-            compressed = {i for i, _ in matrices}
-            for i, values in zip((i for i in range(len(tensors)) if i not in compressed), dense, strict=True):
-                means[i].copy_(values)
-        return means
-
-    def leave_(self, names: Sequence[str], tensors: Sequence[Tensor], means: Sequence[Tensor]) -> None:
-        for tensor, mean in zip(tensors, means, strict=True):
-            if self._compresses(tensor):
-                tensor.sub_(mean.view(tensor.shape))
-            else:
-                tensor.zero_()
+        rest = iter(dense)
+        return _Approximations([factors[i] if i in factors else next(rest) for i in range(len(tensors))])
 
     def settle(self, keep: bool) -> None:
         if keep:

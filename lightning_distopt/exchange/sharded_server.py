@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_distopt.compressors.base import Compressor, Field, Payload
 from lightning_distopt.compressors.randomness import derive_key
-from lightning_distopt.exchange.base import Exchange, Means, device_of
+from lightning_distopt.exchange.base import Arrived, Arriving, Exchange, Piece, device_of
 from lightning_distopt.exchange.meter import Meter
 from lightning_distopt.exchange.wire import Wire
 
@@ -94,14 +94,7 @@ class ShardedServerExchange(Exchange):
         self.residuals = {}
         self._restored = {name: list(those) for name, those in pieces.items()}
 
-    def mean(
-        self,
-        names: Sequence[str],
-        payloads: Sequence[Payload],
-        step: int,
-        onto: Sequence[Tensor] | None = None,
-        alpha: float = 1.0,
-    ) -> Means:
+    def gather(self, names: Sequence[str], payloads: Sequence[Payload], step: int) -> Arriving:
         shares = _shares([payload.numel for payload in payloads], self.world, self.compressor.granularity)
         mine = shares[self.rank]
         device, dtype = device_of(payloads), payloads[0].dtype
@@ -131,8 +124,8 @@ class ShardedServerExchange(Exchange):
             sums = [self._sum_buffer(names[part.tensor], part, dtype, device) for part in mine]
             for wire, data in zip(wires, received, strict=True):  # in rank order
                 for fields, part, total in zip(wire.unpack(data), mine, sums, strict=True):
-                    like = Payload({}, torch.Size([part.numel]), dtype, payloads[part.tensor].key)
-                    self.add_decoded(fields, like, total, 1.0 / self.world)
+                    payload = Payload(fields, torch.Size([part.numel]), dtype, payloads[part.tensor].key)
+                    self.compressor.decompress_add_(payload, total, 1.0 / self.world)
             answers = [self._compress(names[part.tensor], total, step) for part, total in zip(mine, sums, strict=True)]
 
         # 4: answers to everyone; slices differ by a few elements, so pad to the longest
@@ -142,15 +135,13 @@ class ShardedServerExchange(Exchange):
         everyones, work = self._all_gather(torch.nn.functional.pad(sent, (0, longest - sent.numel())))
         yield
         self.wait(work, names, step)
-        with self.meter.timed("encode"):
-            out = self.targets(payloads, onto)
-            for wire, data, share in zip(answer_wires, everyones.view(self.world, longest), shares, strict=True):
-                for fields, part in zip(wire.unpack(data[: wire.nbytes]), share, strict=True):
-                    target = out[part.tensor][part.start : part.stop]
-                    self.answer.decompress_add_(
-                        Payload(fields, target.shape, dtype), target, 1.0 if onto is None else alpha
-                    )
-        return out
+        return Arrived(
+            [
+                Piece(self.answer, Payload(fields, torch.Size([part.numel]), dtype), part.tensor, part.start, 1.0)
+                for wire, data, share in zip(answer_wires, everyones.view(self.world, longest), shares, strict=True)
+                for fields, part in zip(wire.unpack(data[: wire.nbytes]), share, strict=True)
+            ]
+        )
 
     def _split(self, payloads: Sequence[Payload], shares: list[list[_Part]]) -> list[list[Payload]]:
         by_tensor: list[dict[int, Payload]] = []

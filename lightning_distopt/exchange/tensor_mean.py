@@ -1,7 +1,9 @@
 """The mean over ranks of a bucket's tensors, by whatever rounds of communication: what the gradient path works with.
 
-    tensors ──mean_──▶ means, the same bits on every rank
-       └─────leave_──▶ what this rank has not sent of them
+    tensors ──mean_──▶ MeanTensors ──write_──▶ means, the same bits on every rank
+       └──────────────────────────────leave_──▶ what this rank has not sent of them
+
+What ``mean_`` returns takes as little memory as what travelled: means of many buckets can wait for each other.
 
 An :class:`Exchange` averages payloads; a scheme of several rounds (PowerSGD) or another result than a mean of payloads
 (majority vote) has none, and is one of these directly.
@@ -10,25 +12,44 @@ An :class:`Exchange` averages payloads; a scheme of several rounds (PowerSGD) or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lightning_distopt.exchange.base import Collective, Means
+from lightning_distopt.exchange.base import Collective
 
-__all__ = ["TensorMean"]
+__all__ = ["Averaging", "MeanTensors", "TensorMean"]
+
+
+class MeanTensors(ABC):
+    """The means of a bucket's tensors, which are there and not yet decoded, alike on all ranks."""
+
+    @abstractmethod
+    def finite(self) -> bool:
+        """Whether all means are finite: the same answer on all ranks."""
+
+    @abstractmethod
+    def write_(self, out: Tensor) -> None:
+        """Write the means, end to end, to a 1-D tensor of the bucket's size, whose old values count for nothing."""
+
+    def leave_(self, tensors: Sequence[Tensor]) -> None:  # noqa: B027
+        """Make what was handed to ``mean_`` what this rank has not sent of it: ``before == sent + after``."""
+
+
+Averaging: TypeAlias = Generator[None, None, MeanTensors]
+"""Work in stages, see :data:`lightning_distopt.exchange.base.Steps`, which returns means at its end."""
 
 
 class TensorMean(Collective, ABC):
     """Averages tensors over a process group; several buckets may be under way."""
 
     @abstractmethod
-    def mean_(self, names: Sequence[str], tensors: Sequence[Tensor], flat: Tensor, step: int) -> Means:
-        """Return what all ranks take for the mean of ``tensors``, one 1-D tensor for each.
+    def mean_(self, names: Sequence[str], tensors: Sequence[Tensor], flat: Tensor, step: int) -> Averaging:
+        """Return what all ranks take for the mean of ``tensors``.
 
-        A NaN or an infinity on any rank makes something non-finite in the means of all ranks. The tensors are scratch
-        from here on until :meth:`leave_`, but what was non-finite in them stays, and nothing else becomes so.
+        A NaN or an infinity on any rank makes the means of all ranks not finite. The tensors are scratch from here on
+        until :meth:`MeanTensors.leave_`, but what was non-finite in them stays, and nothing else becomes so.
 
         Args:
             names: one a tensor, the same on all ranks.
@@ -39,9 +60,6 @@ class TensorMean(Collective, ABC):
         Raises:
             ExchangeError: if a collective failed or timed out.
         """
-
-    def leave_(self, names: Sequence[str], tensors: Sequence[Tensor], means: Sequence[Tensor]) -> None:
-        """Make ``tensors`` what this rank has not sent of them: ``tensors_before == sent + tensors_after``."""
 
     def settle(self, keep: bool) -> None:
         """Take over what the step has changed in memories that are alike on all ranks, or forget it if not ``keep``."""

@@ -163,6 +163,25 @@ def test_a_bad_value_is_never_hidden(row: Row, bad: float) -> None:
         assert not bool(decoded.isfinite().all())
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+def test_a_displacement_is_taken_and_the_model_brought_back(kept: float) -> None:
+    z, x, e = gaussian(5000, seed=1), gaussian(5000, seed=2), gaussian(5000, seed=3)
+    param, anchor, residual = z.clone(), x.clone(), e.clone()
+    cpu.displace_(param, anchor, residual, kept)
+    assert torch.equal(param, x)
+    assert torch.equal(anchor, x)
+    if kept in (0.0, 1.0):
+        assert torch.equal(residual, x - z + kept * e)
+    else:  # a product and a sum may be rounded once or twice
+        torch.testing.assert_close(residual, x - z + kept * e)
+
+
+def test_an_old_residual_that_counts_for_nothing_is_not_read() -> None:
+    residual = torch.full((9,), float("nan"))
+    cpu.displace_(torch.zeros(9), torch.ones(9), residual, 0.0)
+    assert torch.equal(residual, torch.ones(9))
+
+
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 

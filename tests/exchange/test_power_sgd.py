@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_distopt.compressors import PowerSGD, parse
+from lightning_distopt.compressors.base import wide
 from lightning_distopt.exchange import Meter, PowerSGDMean, overlap
 from lightning_distopt.exchange.power_sgd import orthonormal
+from lightning_distopt.exchange.tensor_mean import MeanTensors
 from tests.ranks import run_ranks
 
 SHAPES = ((12, 9), (7,), (6, 2, 5), (3, 2), ())
@@ -29,15 +31,27 @@ def bucket(
     return flat, [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
-def average(mean: PowerSGDMean, tensors: list[Tensor], flat: Tensor, step: int = 0, keep: bool = True) -> list[Tensor]:
-    found: list[Tensor] = []
+def arrive(mean: PowerSGDMean, tensors: list[Tensor], flat: Tensor, step: int = 0, keep: bool = True) -> MeanTensors:
+    found: list[MeanTensors] = []
 
     def work() -> Any:
-        found.extend((yield from mean.mean_([str(i) for i in range(len(tensors))], tensors, flat, step)))
+        found.append((yield from mean.mean_([str(i) for i in range(len(tensors))], tensors, flat, step)))
 
     overlap([work()])
     mean.settle(keep)
-    return found
+    return found[0]
+
+
+def average(mean: PowerSGDMean, tensors: list[Tensor], flat: Tensor, step: int = 0, keep: bool = True) -> list[Tensor]:
+    return written(arrive(mean, tensors, flat, step, keep), tensors)
+
+
+def written(means: MeanTensors, tensors: list[Tensor]) -> list[Tensor]:
+    """The means as flat tensors."""
+    numels = [tensor.numel() for tensor in tensors]
+    out = torch.full((sum(numels),), float("nan"), dtype=wide(tensors[0].dtype))
+    means.write_(out)
+    return list(out.split(numels))
 
 
 def _mean(rank: int, world: int) -> dict[str, Any]:
@@ -45,8 +59,9 @@ def _mean(rank: int, world: int) -> dict[str, Any]:
     outs, lefts = [], []
     for step in range(3):
         flat, tensors = bucket(10 * step + rank)
-        out = average(mean, tensors, flat, step)
-        mean.leave_([], tensors, out)
+        means = arrive(mean, tensors, flat, step)
+        means.leave_(tensors)
+        out = written(means, tensors)
         outs.append([o.clone() for o in out])
         lefts.append([t.clone() for t in tensors])
     return {"outs": outs, "lefts": lefts, "sent": dict(mean.meter.sent)}

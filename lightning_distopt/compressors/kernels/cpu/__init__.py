@@ -11,6 +11,7 @@ from lightning_distopt.compressors.kernels.cpu.levels import best_magnitudes, op
 from lightning_distopt.compressors.kernels.cpu.packing import pack, unpack
 from lightning_distopt.compressors.kernels.cpu.signs import absolute_sum, add_signs_, encode_signs
 from lightning_distopt.compressors.kernels.cpu.statistics import deviations, largest_magnitudes, lengths, ranges
+from lightning_distopt.compressors.kernels.cpu.steps import displace_
 
 __all__ = [
     "absolute_sum",
@@ -18,6 +19,7 @@ __all__ = [
     "add_signs_",
     "best_magnitudes",
     "deviations",
+    "displace_",
     "encode_binary",
     "encode_signs",
     "largest_magnitudes",

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BLOCK", "GATHER", "MAGNITUDE", "PLAIN", "SUMS"]
+__all__ = ["BLOCK", "FUSED", "GATHER", "MAGNITUDE", "PLAIN", "SUMS"]
 
 PLAIN: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
 
 # May reorder what is summed, must keep NaN and infinity.
 SUMS: dict[str, Any] = {**PLAIN, "fastmath": {"reassoc", "contract", "nsz"}}
+
+# May round a product and a sum once instead of twice, as torch does.
+FUSED: dict[str, Any] = {**PLAIN, "fastmath": {"contract"}}
 
 BLOCK = 4096  # elements that stay in the first-level cache
 MAGNITUDE = (
