@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
+from lightning_distopt.data_parallel import UpdateSync
+from lightning_distopt.exchange import Meter
 from tests.data_parallel.replica import SIZES, Replica, config, flat, my_rank
 from tests.data_parallel.together import together
 from tests.ranks import run_ranks
@@ -50,6 +53,22 @@ def test_leave_brings_the_same_bits_of_the_common_model_back() -> None:
     replica.sync.leave()
     assert same(flat(replica.params), x)
     assert not replica.sync.away
+
+
+@pytest.mark.parametrize("compressor", ["sign", "topk:0.2", "random_block:0.2", "fp32"])
+def test_the_memory_format_of_a_parameter_changes_nothing(compressor: str) -> None:
+    """Means are added to a parameter itself only where its elements lie in order."""
+    values = torch.randn(4, 3, 2, 2)
+    params = [Parameter(values.clone(memory_format=f)) for f in (torch.contiguous_format, torch.channels_last)]
+    for param in params:
+        sync = UpdateSync(config(compressor), Meter())
+        sync.track({"p": param}, {"p": (0,)})
+        for step in range(4):
+            sync.enter()
+            param.data.mul_(0.9).add_(0.01 * step)
+            sync.exchange()
+    torch.testing.assert_close(params[0], params[1])
+    assert not torch.equal(params[0], values)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3, 1.0])
