@@ -162,6 +162,18 @@ def largest() -> None:
     same(out, torch.ones(3))
 
 
+def displacement() -> None:
+    cuda, cpu = twins()
+    for v, _ in inputs():
+        for kept in (0.0, 0.3, 1.0):
+            z, x, e = gaussian(v.numel(), seed=1), gaussian(v.numel(), seed=2), v.clone()
+            param, expected, residual = z.clone(), z.clone(), v.clone()
+            cuda.displace_(param, x, residual, kept)
+            cpu.displace_(expected, x, e, kept)
+            same(param, expected)
+            torch.testing.assert_close(residual, e, equal_nan=True)  # the CPU rounds product and sum once
+
+
 def parts_of_a_buffer() -> None:
     """Tensors that do not begin where their memory does, nor at a multiple of 16 bytes."""
     cuda, cpu = twins()
@@ -225,6 +237,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "rounding": rounding,
     "packing": packing,
     "largest": largest,
+    "displacement": displacement,
     "parts of a buffer": parts_of_a_buffer,
     "bad values": a_bad_value_is_never_hidden,
     "other dtypes": other_dtypes_and_nothing_have_no_kernels,

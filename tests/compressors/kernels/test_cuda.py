@@ -65,6 +65,8 @@ def use_all(numel: int, size: int, symbols: tuple[int, ...]) -> None:
         cuda.add_levels_(cuda.unpack(cuda.pack(codes, count), numel, count), table, size, v)
         if count in (3, 5, 9):
             cuda.optimal_levels(v, size, count, None)
+    cuda.displace_(v, v.clone(), v.clone(), 0.0)
+    cuda.displace_(v, v.clone(), v.clone(), 0.5)
     places = cuda.select_largest(v, 1 + numel // 10)
     cuda.scatter_add_(v, torch.zeros_like(places), v[: places.numel()], 0.5)
 

@@ -15,6 +15,7 @@ from lightning_distopt.compressors.kernels.cuda.magnitudes import best_magnitude
 from lightning_distopt.compressors.kernels.cuda.packing import pack, unpack
 from lightning_distopt.compressors.kernels.cuda.signs import absolute_sum, add_signs_, encode_signs
 from lightning_distopt.compressors.kernels.cuda.statistics import deviations, largest_magnitudes, lengths, ranges
+from lightning_distopt.compressors.kernels.cuda.steps import displace_
 
 __all__ = [
     "absolute_sum",
@@ -22,6 +23,7 @@ __all__ = [
     "add_signs_",
     "best_magnitudes",
     "deviations",
+    "displace_",
     "encode_binary",
     "encode_signs",
     "largest_magnitudes",
