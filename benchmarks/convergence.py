@@ -102,9 +102,18 @@ _FOR_ADAM: dict[str, dict[str, Any] | None] = {
     "sign, step ahead": {"compressor": "sign"},
     "top-k 1.56 %, step ahead": {"compressor": "topk:0.015625", "averaging_period": 0},
 }
+# What `compressed_ddp_auto` may choose from, at whatever volume it sends: beside the rows of `defaults-cifar10`.
+_INSIDE_BACKWARD: dict[str, dict[str, Any] | None] = {
+    "PowerSGD, rank 2": {"compressor": "powersgd:2", "error_feedback": "gradient"},
+    "QSGD-9": {"compressor": "qsgd:9", "error_feedback": "none"},
+    "ORQ-9": {"compressor": "orq:9", "error_feedback": "none"},
+    "BinGrad-b, feedback": {"compressor": "bingrad_b", "error_feedback": "gradient"},
+    "sign, feedback": {"compressor": "sign", "error_feedback": "gradient"},
+}
 STUDIES = {
     "defaults-digits": Study(_EQUAL_VOLUME, (0.02, 0.05), (0, 1), 12, 16, _SGD, _digits),
     "defaults-cifar10": Study(_EQUAL_VOLUME, (0.05, 0.1), (0, 1), 8, 8, _SGD, _cifar10),
+    "gradients-cifar10": Study(_INSIDE_BACKWARD, (0.05, 0.1), (0, 1), 8, 8, _SGD, _cifar10),
     "adam-digits": Study(_FOR_ADAM, (0.001, 0.003), (0, 1), 12, 16, torch.optim.Adam, _digits),
 }
 

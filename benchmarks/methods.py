@@ -20,6 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_distopt.advice.auto_sync import TIMED_TO, AutoSync
 from lightning_distopt.compressors import Specification, parse
 from lightning_distopt.data_parallel import GradientSync, UpdateSync, UpdateSyncConfig
 from lightning_distopt.data_parallel.exchanges import ExchangeName, choose_exchange
@@ -37,7 +38,13 @@ class Replica:
         model: the same on every host.
         optimizer: of its parameters.
         meter: counts what our methods send, and times them.
+
+    Attributes:
+        warm_up: steps that are not timed, at least. PyTorch's PowerSGD sends everything in its first two; DDP cuts its
+            buckets anew after the first.
     """
+
+    warm_up = 4
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, meter: Meter) -> None:
         self.model, self.optimizer, self.meter = model, optimizer, meter
@@ -73,7 +80,7 @@ class Gradients(Wrapped):
     def __init__(
         self, *args: Any, compressor: str, exchange: ExchangeName | None = None, residuals: bool = False, **ddp: Any
     ) -> None:
-        super().__init__(*args, hook=lambda sync, bucket: sync.hook(bucket), state=self, **ddp)
+        super().__init__(*args, hook=lambda replica, bucket: replica.hook(bucket), state=self, **ddp)
         scheme = parse(compressor)
         if isinstance(scheme, Specification):
             exchange = "all_reduce"  # it brings its own
@@ -85,6 +92,24 @@ class Gradients(Wrapped):
 
     def backward(self, images: Tensor, labels: Tensor) -> None:
         super().backward(images, labels)
+        self.sync.raise_if_non_finite()
+
+
+class Auto(Gradients):
+    """What ``compressed_ddp_auto`` does: 16 bit at first, then what it has chosen."""
+
+    warm_up = TIMED_TO + 1  # what is timed comes after the choice
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, compressor="bf16")
+        self.auto = AutoSync(self.sync, "bf16", torch.device("cpu"))
+        self.hook = self.auto.hook
+
+    def backward(self, images: Tensor, labels: Tensor) -> None:
+        self.auto.between_steps()
+        loss = F.cross_entropy(self.forward(images), labels)
+        self.auto.begin_backward()
+        loss.backward()
         self.sync.raise_if_non_finite()
 
 
@@ -146,6 +171,7 @@ METHODS: dict[str, Method] = {
     "ddp-powersgd:2": Method("PyTorch", "its powerSGD_hook, rank 2, one bucket", _power_sgd(2)),
     "bf16": _gradients("bf16", "16-bit all-reduce inside backward", "16 bit"),
     "fp16": _gradients("fp16", "16-bit all-reduce inside backward", "16 bit"),
+    "auto": Method("ours", "what compressed_ddp_auto takes, after its choice", Auto),
     "sign": _updates("sign", "1 bit, error feedback, step ahead"),
     "sign:model": _updates("sign", "the same, one scale for the whole model", scope="model"),
     "sign:sharded": _updates("sign", "the same, sharded server", exchange="sharded_server"),

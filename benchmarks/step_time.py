@@ -29,7 +29,6 @@ __all__ = ["WIDTH", "Job", "Sample", "calibrate", "measure", "parameters", "reas
 WIDTH = 88  # 8.1 million parameters
 _SIDE = 8
 _BATCHES = 4
-_WARM_UP = 4  # PyTorch's PowerSGD sends everything in its first two steps; DDP cuts its buckets anew after the first
 _FEWEST = 3  # steps that are timed, however slow they are
 
 
@@ -122,7 +121,7 @@ def _train(rank: int, world: int, job: Job) -> Sample:
     model, meter = _model(job.width), Meter()
     replica = method(job.method).build(model, sgd(model, 0.01), meter)
     batches = _data(job, rank)
-    for i in range(_WARM_UP):
+    for i in range(replica.warm_up):
         start = time.perf_counter()
         replica.step(*batches[i % _BATCHES])
     number = _steps(job, time.perf_counter() - start)

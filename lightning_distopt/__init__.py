@@ -6,9 +6,17 @@
 from importlib.metadata import version
 
 from lightning_distopt import callbacks, compressors, data_parallel
-from lightning_distopt.strategies import CompressedDDPStrategy, list_strategies, register
+from lightning_distopt.strategies import AutoCompressedDDPStrategy, CompressedDDPStrategy, list_strategies, register
 
 __version__ = version("lightning-distopt")
-__all__ = ["CompressedDDPStrategy", "callbacks", "compressors", "data_parallel", "list_strategies", "register"]
+__all__ = [
+    "AutoCompressedDDPStrategy",
+    "CompressedDDPStrategy",
+    "callbacks",
+    "compressors",
+    "data_parallel",
+    "list_strategies",
+    "register",
+]
 
 register()

@@ -69,7 +69,7 @@ def run(args: Sequence[str]) -> int:
     compute = parse_seconds(options.compute or "100ms")
     numel = int(options.elements or 25e6)
     work = Workload(numel, compute / 3, 2 / 3 * compute, max(1, round(4 * numel / (25 * 2**20))))
-    codecs = {candidate.text: measure_codec(candidate, torch.device("cpu")) for candidate in CANDIDATES}
+    codecs = {candidate.name: measure_codec(candidate, torch.device("cpu")) for candidate in CANDIDATES}
     probe.advise(work, link, codecs, options.ranks, speaks=True)
     return 0
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,13 +17,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_distopt.advice.candidates import CANDIDATES
-from lightning_distopt.advice.cost_model import CodecSpeed, Link, Workload
-from lightning_distopt.advice.measure import measure_codec, measure_link, timed
+from lightning_distopt.advice.cost_model import CodecSpeed, Link, Workload, cut
+from lightning_distopt.advice.measure import alone, measure_codec, measure_link, timed
 from lightning_distopt.advice.report import draw, print_table
 
 __all__ = ["AdviceProbe"]
 
-_BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's
 _REPEATS = 5
 
 
@@ -47,8 +49,12 @@ class AdviceProbe(Callback):
         if link is None:
             rank_zero_info("Measuring the link ...")
             link = measure_link(device)
+        elif trainer.world_size > 1:  # how far computing and sending share the processor is this machine's matter
+            link = replace(link, overlap=measure_link(device).overlap)
         rank_zero_info("Measuring the compressors ...")
-        codecs = {c.text: measure_codec(c, device, min(1 << 22, max(1 << 16, work.numel))) for c in CANDIDATES}
+        numel = min(1 << 22, max(1 << 16, work.numel))
+        with alone() as group:
+            codecs = {c.name: measure_codec(c, device, numel, work.shapes, group) for c in CANDIDATES}
         self.advise(work, link, codecs, self.ranks or trainer.world_size, trainer.is_global_zero)
         trainer.should_stop = True  # before the first epoch
 
@@ -57,17 +63,27 @@ class AdviceProbe(Callback):
         if speaks:
             print_table(work, link, codecs, ranks)
             if self.picture is not None:
-                draw(self.picture, work, link.latency, codecs, ranks)
+                draw(self.picture, work, link, codecs, ranks)
                 rank_zero_info(f"Wrote {self.picture}.")
 
     def workload(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Workload:
         """Time forward and backward of one batch on every rank, without communication; the slowest rank counts."""
         device = trainer.strategy.root_device
         forward, backward = [], []
+        params = [p for p in module.parameters() if p.requires_grad]
+        ready: dict[Tensor, float] = {}
+
+        def note(param: Tensor) -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            ready[param] = time.perf_counter()
+
+        noting = [p.register_post_accumulate_grad_hook(note) for p in params]
         silent: Any = lambda *args, **kwargs: None  # noqa: E731  # what is logged here belongs to no step
         module.log, module.log_dict = silent, silent  # type: ignore[method-assign]
         for _ in range(_REPEATS + 1):
             found: list[Any] = []
+            ready.clear()
             with trainer.precision_plugin.forward_context():
                 forward.append(timed(lambda found=found: found.append(module.training_step(batch, 0)), device))  # type: ignore[misc]
             loss = found[0]["loss"] if isinstance(found[0], dict) else found[0]
@@ -78,10 +94,24 @@ class AdviceProbe(Callback):
                 forward[-1] /= 3
             module.zero_grad()
         del module.log, module.log_dict
+        for handle in noting:
+            handle.remove()
         seconds = torch.tensor([median(forward[1:]), median(backward[1:])], dtype=torch.float64, device=device)
         if dist.is_initialized():
             dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        params = [p for p in module.parameters() if p.requires_grad]
-        buckets = max(1, round(sum(p.nbytes for p in params) / _BUCKET_BYTES))
         slowest_forward, slowest_backward = seconds.tolist()
-        return Workload(sum(p.numel() for p in params), slowest_forward, slowest_backward, buckets)
+        numel = sum(p.numel() for p in params)
+        shapes = tuple(tuple(p.shape) for p in params)
+        cuts = _cuts(params, ready, slowest_backward) or ((numel, slowest_backward),)
+        return Workload(numel, slowest_forward, slowest_backward, 1, cuts, shapes)
+
+
+def _cuts(params: Sequence[Tensor], ready: dict[Tensor, float], backward: float) -> tuple[tuple[int, float], ...]:
+    """Return DDP's buckets in the order in which gradients came; those that did not come, at the end."""
+    order = sorted(ready, key=ready.__getitem__)
+    if len(order) < 2:
+        return ()
+    first, last = ready[order[0]], ready[order[-1]]
+    seconds = [backward * (ready[p] - first) / max(last - first, 1e-12) for p in order]
+    idle = [p.numel() for p in params if p not in ready]
+    return cut([*(p.numel() for p in order), *idle], [*seconds, *[backward] * len(idle)], order[0].element_size())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_distopt.advice.candidates import CANDIDATES, Candidate
+from lightning_distopt.advice.choice import choose
 from lightning_distopt.advice.cost_model import (
     CodecSpeed,
     Link,
@@ -15,8 +17,9 @@ from lightning_distopt.advice.cost_model import (
     predict,
     rank_methods,
 )
+from lightning_distopt.exchange.majority_vote import MOST_RANKS
 
-__all__ = ["BASELINE", "best_safe", "draw", "parse_bandwidth", "parse_seconds", "print_table", "show_bandwidth"]
+__all__ = ["BASELINE", "draw", "parse_bandwidth", "parse_seconds", "print_table", "show_bandwidth"]
 
 BASELINE = next(candidate for candidate in CANDIDATES if candidate.text == "bf16")
 _BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
@@ -66,13 +69,6 @@ def show_bandwidth(bandwidth: float) -> str:
     return f"{bits / 1e3:.3g} kbit/s" if bits else "never"
 
 
-def best_safe(predictions: Sequence[Prediction], margin: float = 0.05) -> Prediction:
-    """Return the fastest method that may be chosen without asking; the 16-bit baseline unless it gains ``margin``."""
-    baseline = next(p for p in predictions if p.candidate is BASELINE)
-    fastest = min((p for p in predictions if p.candidate.safe), key=lambda p: p.seconds)
-    return fastest if fastest.seconds < (1 - margin) * baseline.seconds else baseline
-
-
 def print_table(
     work: Workload,
     link: Link,
@@ -95,7 +91,7 @@ def print_table(
     for column in ("method", "by", "ms", "network", "codec", "MB", "pays below", "spent on"):
         table.add_column(column, justify="left" if column in ("method", "by", "spent on") else "right", no_wrap=True)
     for p in predictions:
-        limit = crossover(p.candidate, BASELINE, work, link.latency, codecs, world)
+        limit = crossover(p.candidate, BASELINE, work, link, codecs, world)
         table.add_row(
             p.candidate.name,
             {"all_reduce": "reduce", "all_gather": "gather", "sharded_server": "server"}[p.exchange],
@@ -108,7 +104,7 @@ def print_table(
         )
     console = Console()
     console.print(table)
-    chosen = best_safe(predictions)
+    chosen = choose(predictions, next(p for p in predictions if p.candidate is BASELINE))
     console.print(f"The choice would be {chosen.candidate.name}: strategy={chosen.candidate.arguments}", markup=False)
 
 
@@ -123,12 +119,20 @@ def _reason(p: Prediction, work: Workload) -> str:
 def draw(
     path: Path,
     work: Workload,
-    latency: float,
+    link: Link,
     codecs: Mapping[str, CodecSpeed],
     world: int,
     candidates: Sequence[Candidate] = CANDIDATES,
 ) -> None:
     """Draw step time against bandwidth and against the number of ranks up to 4,096, with the crossovers marked.
+
+    Args:
+        path: of the PNG.
+        work: the model's part of a step.
+        link: its bandwidth is that of the right half; latency and overlap are those of both.
+        codecs: by the candidate's name.
+        world: number of ranks of the left half.
+        candidates: drawn; those that may be chosen without asking with thick lines.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -138,22 +142,30 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     bandwidths = [1.25e6 * 10 ** (i / 10) for i in range(51)]  # 10 Mbit/s to 1 Tbit/s
     ranks = [2**i for i in range(1, 13)]
-    for candidate in candidates:
-        codec = codecs[candidate.text]
-        line = [predict(candidate, work, Link(b, latency), codec, world).seconds for b in bandwidths]
-        left.plot([8 * b / 1e9 for b in bandwidths], line, label=candidate.name)
-        limit = crossover(candidate, BASELINE, work, latency, codecs, world)
-        if candidate is not BASELINE and bandwidths[0] < limit < bandwidths[-1]:
-            left.axvline(8 * limit / 1e9, linewidth=0.5, linestyle=":", color=left.lines[-1].get_color())
-        right.plot(ranks, [predict(candidate, work, Link(1.25e9, latency), codec, w).seconds for w in ranks])
-    for axes, label in ((left, f"Gbit/s ({world} ranks; dotted: equal to bf16)"), (right, "ranks (10 Gbit/s)")):
+    for i, candidate in enumerate(candidates):
+        codec = codecs[candidate.name]
+        style = {"color": colours[i % len(colours)], "linewidth": 2.0 if candidate.safe else 0.9}
+        links = [replace(link, bandwidth=b) for b in bandwidths]
+        if candidate.text != "signsgd" or world <= MOST_RANKS:
+            line = [predict(candidate, work, there, codec, world).seconds for there in links]
+            left.plot([8 * b / 1e9 for b in bandwidths], line, label=candidate.name, **style)
+            limit = crossover(candidate, BASELINE, work, link, codecs, world)
+            if candidate is not BASELINE and bandwidths[0] < limit < bandwidths[-1]:
+                left.axvline(8 * limit / 1e9, linewidth=0.7, linestyle=":", color=style["color"])
+        own = [w for w in ranks if candidate.text != "signsgd" or w <= MOST_RANKS]
+        right.plot(own, [predict(candidate, work, link, codec, w).seconds for w in own], **style)
+    here = show_bandwidth(link.bandwidth)
+    left.axvline(8 * link.bandwidth / 1e9, linewidth=0.8, color="grey")
+    right.axvline(world, linewidth=0.8, color="grey")
+    for axes, label in ((left, f"Gbit/s ({world} ranks; dotted: equal to bf16)"), (right, f"ranks ({here})")):
         axes.set(xscale="log", yscale="log", xlabel=label)
         axes.axhline(work.compute, linewidth=0.8, color="black")
         axes.grid(visible=True, alpha=0.3)
-    left.set_ylabel("seconds a step (black: no communication)")
+    left.set_ylabel("seconds a step (black: no communication; thick: may be chosen by itself)")
     left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

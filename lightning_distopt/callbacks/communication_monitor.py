@@ -122,6 +122,12 @@ class CommunicationMonitor(Callback):
         }
         if self.table and meter.steps and trainer.is_global_zero:
             self._print(type(trainer.strategy).__name__)
+            decision = getattr(trainer.strategy, "decision", None)
+            if decision is not None:
+                print(
+                    f"chosen at the start: {decision['name']}, predicted {1e3 * decision['seconds']:.1f} ms / step; 16 bit "
+                    f"{1e3 * decision['baseline_seconds']:.1f} ms / step"
+                )
 
     def _print(self, strategy: str) -> None:
         from rich.console import Console

@@ -61,6 +61,7 @@ def make_tensor_mean(
     compressor: Compressor | Specification | None,
     exchange: ExchangeName,
     meter: Meter,
+    group: dist.ProcessGroup | None = None,
     *,
     residual: bool = False,
     server_compression: bool = False,
@@ -73,9 +74,9 @@ def make_tensor_mean(
         TypeError: for a specification that is not known here.
     """
     if isinstance(compressor, PowerSGD):
-        return PowerSGDMean(compressor.rank, meter, seed=seed)
+        return PowerSGDMean(compressor.rank, meter, group, seed=seed)
     if isinstance(compressor, SignSGD):
-        return MajorityVote(meter)
+        return MajorityVote(meter, group)
     if isinstance(compressor, Specification):
         raise TypeError(
             f"`compressor` must be `PowerSGD`, `SignSGD` or a `Compressor`: got {compressor}. Use one of these."
@@ -84,6 +85,7 @@ def make_tensor_mean(
         exchange,
         Dense("float32") if compressor is None else compressor,
         meter,
+        group,
         compress_answer=server_compression,
         keep_residual=False,
         seed=seed,

@@ -79,6 +79,7 @@ class GradientSync:
         rates: the learning rates of the step that follows, by parameter; asked for once a step.
         find_unused: DDP looks for unused parameters. A parameter whose gradient is 0 on all ranks then waits with its
             residual, because DDP would drop what it sends (one byte a parameter, all-reduced in each step).
+        group: process group; the default one if ``None``.
     """
 
     def __init__(
@@ -94,26 +95,51 @@ class GradientSync:
         residuals: bool = False,
         rates: Callable[[], Mapping[Parameter, float]] | None = None,
         find_unused: bool = False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.names = names
         self.dense_steps = dense_steps
         self.meter = meter
-        self.memory = GradientMemory() if residuals else None
         self.rounds = 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self._mean = make_tensor_mean(
-            compressor, exchange, meter, residual=residuals, server_compression=server_compression, seed=seed
-        )
-        self._dense = make_tensor_mean(None, "all_reduce", meter, residual=residuals)
+        self.group = group
+        self.world = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self._seed = seed
         self._ask_rates = rates
-        self._find_unused = find_unused and residuals
+        self._asked_for_unused = find_unused
+        self.use(compressor, exchange, server_compression, residuals=residuals)
         self._rates: dict[str, float] = {}
         self._works: list[Steps] = []
         self._arrived: list[_Arrived] = []
         self._bytes = 0
         self._non_finite: list[str | None] = []
         self._counted_alike = False
+
+    def use(
+        self,
+        compressor: Compressor | Specification,
+        exchange: ExchangeName,
+        server_compression: bool = False,
+        *,
+        residuals: bool = False,
+    ) -> None:
+        """Compress this way from the next step on, the same on all ranks; residuals and other memories start anew.
+
+        Raises:
+            ValueError: if the compressor cannot travel that way, or there are too many ranks for it.
+        """
+        self._mean = make_tensor_mean(
+            compressor,
+            exchange,
+            self.meter,
+            self.group,
+            residual=residuals,
+            server_compression=server_compression,
+            seed=self._seed,
+        )
+        self._dense = make_tensor_mean(None, "all_reduce", self.meter, self.group, residual=residuals)
+        self.memory = GradientMemory() if residuals else None
+        self._find_unused = self._asked_for_unused and residuals
 
     def hook(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Take one bucket of DDP's reducer; the future holds its averaged gradients.
@@ -144,7 +170,7 @@ class GradientSync:
         rounds = torch.tensor(self.rounds, device=device)
         if self.world > 1:
             with network_failures(self.rank, self.rounds, doing="begin"):
-                dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
+                dist.all_reduce(rounds, op=dist.ReduceOp.MAX, group=self.group)
             self.meter.all_reduce("setup", rounds.nbytes, self.world)
         self.rounds = int(rounds)
         self._counted_alike = True
@@ -208,7 +234,7 @@ class GradientSync:
         used = torch.stack([flag for arrived in self._arrived for flag in arrived.used]).to(torch.uint8)
         if self.world > 1:
             with self.meter.timed("exchange"), network_failures(self.rank, self.rounds, doing="find unused parameters"):
-                dist.all_reduce(used, op=dist.ReduceOp.MAX)
+                dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
             self.meter.all_reduce("flag", used.nbytes, self.world)
         names = [name for arrived in self._arrived for name in arrived.names]
         return {name for name, flag in zip(names, used.tolist(), strict=True) if not flag}
@@ -226,7 +252,9 @@ class GradientSync:
         order = sorted(self.names.values())
         device = next(iter(self.names)).device
         with network_failures(self.rank, self.rounds - 1, doing="look for the cause of a NaN or an infinity"):
-            culprit = agree(0, None if mine is None else order.index(mine), False, self.meter, device).culprit
+            culprit = agree(
+                0, None if mine is None else order.index(mine), False, self.meter, device, self.group
+            ).culprit
         where = "the sum over ranks overflowed"
         if culprit is not None:
             where = f"the gradient of `{order[culprit[1]]}` holds a NaN or an infinity on rank {culprit[0]}"

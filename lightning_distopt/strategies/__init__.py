@@ -1,6 +1,13 @@
 """Lightning strategies: thin lifecycles over the engines."""
 
+from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_distopt.strategies.registry import StrategyRecord, list_strategies, register
 
-__all__ = ["CompressedDDPStrategy", "StrategyRecord", "list_strategies", "register"]
+__all__ = [
+    "AutoCompressedDDPStrategy",
+    "CompressedDDPStrategy",
+    "StrategyRecord",
+    "list_strategies",
+    "register",
+]

@@ -285,7 +285,11 @@ class CompressedDDPStrategy(DDPStrategy):
             find_unused=self.model.find_unused_parameters,
         )
         self._rank_state.go_on(self._gradient_sync)
-        self.model.register_comm_hook(self._gradient_sync, _hook)
+        self.model.register_comm_hook(self._hook_state(), _hook)
+
+    def _hook_state(self) -> Any:
+        """Return what takes DDP's buckets."""
+        return self._gradient_sync
 
     def _learning_rates(self) -> dict[Parameter, float]:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups if "lr" in group]
@@ -365,6 +369,11 @@ class CompressedDDPStrategy(DDPStrategy):
     def gradient_sync(self) -> GradientSync | None:
         """The engine of this rank while fitting with ``error_feedback="gradient"`` or ``"none"``."""
         return self._gradient_sync
+
+    @property
+    def decision(self) -> dict[str, Any] | None:
+        """What was chosen during the fit, for checkpoints; ``None`` where the arguments say it all."""
+        return None
 
     @property
     def sidecars_lost(self) -> int:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from lightning_distopt.data_parallel import GradientSync, UpdateSync
     from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 
-__all__ = ["RankState"]
+__all__ = ["KEY", "RankState"]
 
-_KEY = "lightning_distopt"
+KEY = "lightning_distopt"
 _FORMAT = 1
 _OWN = ("residuals",)  # what differs between ranks in the state of `GradientSync`
 _UNITS = {"step_ahead": "parameters", "local": "parameters", "gradient": "gradients", "none": "nothing"}
@@ -73,7 +73,7 @@ class RankState:
         state = self._kept if sync is None else sync.state_dict()
         if "optimizer_states" not in checkpoint or state is None:
             return
-        checkpoint[_KEY] = header = {
+        checkpoint[KEY] = header = {
             "format": _FORMAT,
             "world_size": strategy.world_size,
             "algorithm": strategy.strategy_name,
@@ -81,6 +81,8 @@ class RankState:
             "save_id": f"{strategy.run_id}-{_moment(checkpoint)}",
             "shared": {} if strategy.sends_updates else {k: v for k, v in state.items() if k not in _OWN},
         }
+        if strategy.decision is not None:
+            header["decision"] = strategy.decision
         if not strategy.sends_updates:
             state = {key: value for key, value in state.items() if key in _OWN}
         # Where gradients are averaged all ranks' optimizers are alike; rank 0's is in the checkpoint.
@@ -109,7 +111,7 @@ class RankState:
         Raises:
             SidecarError: on all ranks, if a sidecar is missing, unreadable or of another save, and ``strict_sidecars=True``.
         """
-        header = checkpoint.get(_KEY)
+        header = checkpoint.get(KEY)
         strategy = self._strategy
         sync = strategy.update_sync or strategy.gradient_sync
         if self.path is None or header is None or sync is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 
 __all__ = ["StrategyRecord", "StrategyTable", "list_strategies", "register"]
@@ -77,6 +78,12 @@ _METHODS = (
         "orq", "arXiv:2002.11082", "DDP with gradients at five optimal levels a bucket, unbiased", "orq:5", "none"
     ),
     _gradients("bf16", "none", "DDP with gradients in 16 bit, all-reduced", "bf16", "none"),
+    StrategyRecord(
+        "compressed_ddp_auto",
+        "none",
+        "DDP that measures, and takes a compressor if it pays, else 16 bit",
+        AutoCompressedDDPStrategy,
+    ),
 )
 _LAUNCHERS = {
     "": ("popen", "one process a device, started by running the script again"),

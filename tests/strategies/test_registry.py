@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 import lightning_distopt
-from lightning_distopt import CompressedDDPStrategy, list_strategies, register
+from lightning_distopt import AutoCompressedDDPStrategy, CompressedDDPStrategy, list_strategies, register
 
 METHODS: dict[str, dict[str, str]] = {
     "compressed_ddp": {},
@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, str]] = {
     "compressed_ddp_bingrad": {"compressor": "bingrad_b", "error_feedback": "gradient"},
     "compressed_ddp_orq": {"compressor": "orq:5", "error_feedback": "none"},
     "compressed_ddp_bf16": {"compressor": "bf16", "error_feedback": "none"},
+    "compressed_ddp_auto": {},
 }
 STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 NAMES = {method + suffix: (start, METHODS[method]) for method in METHODS for suffix, start in STARTS.items()}
@@ -30,10 +31,11 @@ QUIET = {"accelerator": "cpu", "devices": 2, "logger": False}
 def test_a_name_gives_the_class_and_its_launcher(name: str) -> None:
     start_method, arguments = NAMES[name]
     entry = StrategyRegistry[name]
-    assert entry["strategy"] is CompressedDDPStrategy
+    made = AutoCompressedDDPStrategy if "_auto" in name else CompressedDDPStrategy
+    assert entry["strategy"] is made
     assert entry["init_params"] == {**arguments, "start_method": start_method}
     strategy = Trainer(strategy=name, **QUIET).strategy
-    assert type(strategy) is CompressedDDPStrategy
+    assert type(strategy) is made
     assert isinstance(strategy, DDPStrategy)
     launcher = strategy.launcher
     assert getattr(launcher, "_start_method", "popen") == start_method
@@ -76,7 +78,7 @@ def test_records_describe_every_name() -> None:
     assert {record.name for record in records} == set(NAMES)
     for record in records:
         assert record.name == record.name.lower()
-        assert record.paper.startswith("arXiv:") or "bf16" in record.name
+        assert record.paper.startswith("arXiv:") or "bf16" in record.name or "auto" in record.name
         assert 10 < len(record.description) < 100
         assert "\n" not in record.description
         assert StrategyRegistry[record.name]["description"] == record.description
