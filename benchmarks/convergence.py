@@ -2,8 +2,9 @@
 
     python -m benchmarks.convergence defaults-digits
     python -m benchmarks.convergence defaults-cifar10 --data <CIFAR-10 image folder>
+    python -m benchmarks.convergence gradients-cifar10 --data <CIFAR-10 image folder>
     python -m benchmarks.convergence adam-digits
-    python -m benchmarks.convergence --table            (the tables of docs/compressed_ddp.md)
+    python -m benchmarks.convergence --table            (the tables of docs/compressed_ddp.md and docs/advice.md)
 
 Every method of a study gets the same model, data, epochs and learning-rate grid (one seed); its best rate is then
 repeated with the other seeds. Runs are two CPU processes over Gloo, interleaved over methods, and appended to

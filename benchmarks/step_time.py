@@ -24,7 +24,7 @@ from lightning_distopt.exchange import Meter
 from recipes.resnet.models import CifarResNet
 from tests.ranks import run_ranks
 
-__all__ = ["WIDTH", "Job", "Sample", "calibrate", "measure", "parameters", "reason"]
+__all__ = ["WIDTH", "Job", "Sample", "calibrate", "data", "measure", "model", "parameters", "reason"]
 
 WIDTH = 88  # 8.1 million parameters
 _SIDE = 8
@@ -109,18 +109,19 @@ def calibrate(names: Sequence[str], seconds: float, seed: int, width: int) -> in
 def parameters(width: int) -> int:
     """Return the number of the model's parameters."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in _model(width).parameters())
+        return sum(parameter.numel() for parameter in model(width).parameters())
 
 
-def _model(width: int) -> CifarResNet:
+def model(width: int) -> CifarResNet:
+    """Return the model that all methods train."""
     return CifarResNet(3, 10, in_channels=1, width=width)
 
 
 def _train(rank: int, world: int, job: Job) -> Sample:
     torch.manual_seed(job.seed)
-    model, meter = _model(job.width), Meter()
-    replica = method(job.method).build(model, sgd(model, 0.01), meter)
-    batches = _data(job, rank)
+    net, meter = model(job.width), Meter()
+    replica = method(job.method).build(net, sgd(net, 0.01), meter)
+    batches = data(job, rank)
     for i in range(replica.warm_up):
         start = time.perf_counter()
         replica.step(*batches[i % _BATCHES])
@@ -139,7 +140,8 @@ def _train(rank: int, world: int, job: Job) -> Sample:
     return Sample(steps, *(figure / number for figure in each), resent=int(resent))
 
 
-def _data(job: Job, rank: int) -> list[tuple[Tensor, Tensor]]:
+def data(job: Job, rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the batches of a host."""
     draw = torch.Generator().manual_seed(job.seed * 1000 + rank)
     return [
         (

@@ -27,7 +27,7 @@ from lightning_distopt.data_parallel import GradientSync
 from lightning_distopt.data_parallel.exchanges import ExchangeName
 from lightning_distopt.exchange import network_failures
 
-__all__ = ["TIMED_FROM", "TIMED_TO", "AutoSync", "sixteen_bit"]
+__all__ = ["TIMED_FROM", "TIMED_TO", "AutoSync", "Figures", "sixteen_bit"]
 
 TIMED_FROM = 3  # DDP cuts its buckets anew after the first step, and kernels are compiled in it
 TIMED_TO = 7
@@ -63,6 +63,22 @@ class _Round(NamedTuple):
     inside: float
     period: float
     backward: float
+
+
+class Figures(NamedTuple):
+    """What was measured, the slowest rank's, the same on all ranks.
+
+    Args:
+        work: the model's part of a step.
+        measured: seconds of a step in 16 bit.
+        link: the network.
+        codecs: by the candidate's name.
+    """
+
+    work: Workload
+    measured: float
+    link: Link
+    codecs: dict[str, CodecSpeed]
 
 
 class AutoSync:
@@ -154,20 +170,24 @@ class AutoSync:
 
     # ---- figures, the slowest rank's -------------------------------------------------------------------------------
 
-    def _decide(self) -> Decision:
+    def measure(self) -> Figures:
+        """Return all that the cost model needs, after the timed rounds. A collective."""
         work, measured = self._workload()
-        world = self.sync.world
         link = self.link or measure_link(self.device, seconds=_SECONDS)
         with alone() as group:
             speeds = [self._codec(candidate, work, group) for candidate in self.candidates]
         table = torch.tensor([[s.encode, s.decode, s.fixed] for s in speeds], device=self.device)
         dist.all_reduce(table, op=dist.ReduceOp.MAX)
         codecs = {c.name: CodecSpeed(*row) for c, row in zip(self.candidates, table.tolist(), strict=True)}
+        return Figures(work, measured, link, codecs)
+
+    def _decide(self) -> Decision:
+        work, measured, link, codecs = self.measure()
         decision = decide(
             work,
             link,
             codecs,
-            world,
+            self.sync.world,
             baseline=self.baseline,
             measured=None if self.link else measured,
             margin=self.margin,
@@ -183,13 +203,16 @@ class AutoSync:
         return measure_codec(candidate, self.device, min(_NUMEL, work.numel), work.shapes, group, repeats=3)
 
     def _workload(self) -> tuple[Workload, float]:
-        """Return the model's part, and the seconds of a step in 16 bit."""
+        """Return the model's part, and the seconds of a step in 16 bit.
+
+        A step's computing is that of the fastest timed one: traffic that is under way meanwhile only slows it.
+        """
         last = self._rounds[-1].cuts
         own = [
             median(r.period for r in self._rounds),
-            median(max(0.0, r.period - r.inside - r.backward) for r in self._rounds),
-            median(r.backward for r in self._rounds),
-            *(median(r.cuts[i][1] for r in self._rounds if len(r.cuts) == len(last)) for i in range(len(last))),
+            min(max(0.0, r.period - r.inside - r.backward) for r in self._rounds),
+            min(r.backward for r in self._rounds),
+            *(min(r.cuts[i][1] for r in self._rounds if len(r.cuts) == len(last)) for i in range(len(last))),
         ]
         figures = torch.tensor(own, device=self.device)
         dist.all_reduce(figures, op=dist.ReduceOp.MAX)

@@ -78,7 +78,7 @@ def measure_link(device: torch.device, group: dist.ProcessGroup | None = None, s
     matrix = torch.randn(256, 256, device=device)
     one = slowest(lambda: _compute(matrix, 8)) / 8
     times = max(1, min(10_000, round(large / one)))
-    computing = slowest(lambda: _compute(matrix, times), 3)
+    computing = slowest(lambda: _compute(matrix, times))
 
     def both() -> None:
         work = dist.all_reduce(values, group=group, async_op=True)
@@ -86,7 +86,7 @@ def measure_link(device: torch.device, group: dist.ProcessGroup | None = None, s
         if work is not None:
             work.wait()
 
-    together = slowest(both, 3)
+    together = slowest(both)
     hidden = (large + computing - together) / min(large, computing)
     nbytes = 2 * 4 * (numel - _SMALL) * (world - 1) / world
     return Link(nbytes / max(large - small, 1e-9), small / messages, min(1.0, max(0.0, hidden)))

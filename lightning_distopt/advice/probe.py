@@ -33,12 +33,21 @@ class AdviceProbe(Callback):
         link: the link to assume; ``None`` measures the process group's.
         ranks: the number of ranks to assume; ``None`` takes the process group's.
         picture: where to draw the step times, or ``None``.
+        measure_overlap: whether an assumed link's overlap is measured all the same: it is this machine's matter.
     """
 
-    def __init__(self, link: Link | None = None, ranks: int | None = None, picture: Path | None = None) -> None:
+    def __init__(
+        self,
+        link: Link | None = None,
+        ranks: int | None = None,
+        picture: Path | None = None,
+        *,
+        measure_overlap: bool = True,
+    ) -> None:
         self.link = link
         self.ranks = ranks
         self.picture = picture
+        self.measure_overlap = measure_overlap
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         rank_zero_info("Measuring forward and backward ...")
@@ -49,7 +58,9 @@ class AdviceProbe(Callback):
         if link is None:
             rank_zero_info("Measuring the link ...")
             link = measure_link(device)
-        elif trainer.world_size > 1:  # how far computing and sending share the processor is this machine's matter
+        elif (
+            trainer.world_size > 1 and self.measure_overlap
+        ):  # how far computing and sending share the processor is this machine's matter
             link = replace(link, overlap=measure_link(device).overlap)
         rank_zero_info("Measuring the compressors ...")
         numel = min(1 << 22, max(1 << 16, work.numel))

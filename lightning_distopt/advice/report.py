@@ -35,13 +35,13 @@ def parse_bandwidth(text: str) -> float:
     return _parse(text, _BITS, "--bandwidth", "10gbit") / 8
 
 
-def parse_seconds(text: str) -> float:
+def parse_seconds(text: str, argument: str = "--latency") -> float:
     """Return seconds of ``"0.5ms"``, ``"30us"``.
 
     Raises:
         ValueError: naming the units.
     """
-    return _parse(text, _SECONDS, "--latency", "0.5ms")
+    return _parse(text, _SECONDS, argument, "0.5ms")
 
 
 def _parse(text: str, units: Mapping[str, float], argument: str, example: str) -> float:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from lightning_distopt.advice import CANDIDATES, CodecSpeed, Link, Workload, measure_codec, measure_link, rank_methods
+from lightning_distopt.advice import CANDIDATES, CodecSpeed, Link, Workload, measure_codec, measure_link
+from lightning_distopt.advice.measure import alone
 from lightning_distopt.advice.probe import AdviceProbe
-from lightning_distopt.advice.report import best_safe, parse_bandwidth, parse_seconds, show_bandwidth
+from lightning_distopt.advice.report import parse_bandwidth, parse_seconds, show_bandwidth
 from lightning_distopt.cli import main
 from tests.ranks import run_ranks
 from tests.strategies.fits import fit
@@ -56,6 +58,18 @@ def test_a_cluster_that_is_not_at_hand(tmp_path: Path, capsys: pytest.CaptureFix
         (["--ranks", "4", "--bandwidth", "fast"], "`--bandwidth` must be a positive number and one of kbit, mbit"),
         (["--ranks", "4", "--bandwidth=-1gbit"], "got '-1gbit'. Write 10gbit"),
         (["--ranks", "4", "--latency", "1ms"], "`--latency 1ms` needs `--bandwidth`"),
+        (
+            ["--ranks", "4", "--bandwidth", "1gbit", "--latency", "soon"],
+            "`--latency` must be a positive number and one of",
+        ),
+        (
+            ["--ranks", "4", "--bandwidth", "1gbit", "--compute", "5"],
+            "`--compute` must be a positive number and one of",
+        ),
+        (["--ranks", "4", "--bandwidth", "1gbit", "--elements", "-5"], "`--elements` must be at least 1: got -5"),
+        (["--ranks", "many"], "`--ranks` must be a whole number: got 'many'"),
+        (["--ranks", "4", "--bandwidth", "1gbit", "--overlap", "2"], "`--overlap` must be in [0, 1]: got 2"),
+        (["--ranks", "4", "--bandwidth", "1gbit", "--picture", "a.svgz/none.png"], "folder of `--picture`"),
     ],
 )
 def test_a_wrong_question_is_answered_with_the_rule(
@@ -77,11 +91,29 @@ def test_all_ranks_measure_the_same_link() -> None:
     assert links[0] == links[1]
     assert 1e6 < links[0].bandwidth < 1e12
     assert 1e-7 < links[0].latency < 1.0
+    assert 0.0 <= links[0].overlap <= 1.0
 
 
 def test_one_rank_has_no_link() -> None:
     with pytest.raises(AssertionError, match=r"needs at least 2 ranks: got 1"):
         run_ranks(1, _link)
+
+
+def _alone(rank: int, world: int) -> tuple[int, int]:
+    with alone() as group:
+        return dist.get_world_size(group), dist.get_rank(group)
+
+
+def test_codecs_are_measured_without_the_others() -> None:
+    assert run_ranks(2, _alone) == [(1, 0), (1, 0)]
+
+
+def test_up_to_4096_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "--ranks", "4096", "--bandwidth", "10gbit", "--elements", "1e6"]) == 0
+    shown = capsys.readouterr().out
+    assert "4096 ranks, 10 Gbit/s" in shown
+    assert "SignSGD" not in shown  # counts votes of at most 127 ranks
+    assert "server" in shown
 
 
 @pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.name)
@@ -116,11 +148,3 @@ def test_the_probe_measures_and_trains_nothing(tmp_path: Path, module: type[Net]
     assert ranks == 2
     if module is Net:  # a manual step is a step
         assert all(torch.equal(before[name], after[name]) for name, _ in module().named_parameters())
-
-
-def test_the_choice_stays_with_sixteen_bit_unless_something_gains() -> None:
-    work = Workload(8_000_000, 0.03, 0.07)
-    codecs = {c.text: CodecSpeed(1e-9, 1e-9) for c in CANDIDATES}
-    slow, fast = (rank_methods(work, Link(b, 1e-4), codecs, 2, CANDIDATES) for b in (1.25e7, 1.25e12))
-    assert best_safe(slow).candidate.text == "sign"
-    assert best_safe(fast).candidate.text == "bf16"

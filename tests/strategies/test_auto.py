@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,25 @@ def test_bad_arguments_are_refused() -> None:
         AutoCompressedDDPStrategy(compressor="sign")
     with pytest.raises(MisconfigurationException, match="16-mixed"):
         trainer(AutoCompressedDDPStrategy(start_method="fork"), precision="16-mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_choice_of_a_slow_network_learns_digits_as_ddp_does(assume: Any) -> None:
+    from recipes.resnet import DigitsData, ImageClassifier
+
+    assume(SLOW)
+
+    def accuracy(strategy: str) -> float:
+        torch.manual_seed(0)
+        module = ImageClassifier(
+            "resnet20", in_channels=1, width=16, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        )
+        settings = {"max_epochs": 8, "limit_val_batches": 1.0, "use_distributed_sampler": True}
+        watched = trainer(strategy, -1, **settings)
+        watched.fit(module, DigitsData(batch_size=32))
+        return float(watched.callback_metrics["val/accuracy"])
+
+    ddp, auto = accuracy("ddp_fork"), accuracy("compressed_ddp_auto_fork")
+    assert ddp > 0.95
+    assert auto > ddp - 0.02
