@@ -25,8 +25,10 @@ from benchmarks.hosts import bits_per_second, enter, network
 from benchmarks.methods import Auto, sgd
 from benchmarks.results_file import machine, versions
 from benchmarks.step_time import Job, data, measure, model, parameters
-from lightning_distopt.advice import CANDIDATES, predict
+from lightning_distopt.advice import CANDIDATES, Candidate, predict
 from lightning_distopt.advice.auto_sync import TIMED_TO, Figures
+from lightning_distopt.compressors import Compressor
+from lightning_distopt.data_parallel.exchanges import choose_exchange
 from lightning_distopt.exchange import Meter
 from tests.ranks import run_ranks
 
@@ -37,6 +39,13 @@ COLUMNS = (
     "bandwidth", "hosts", "width", "batch", "method", "measured_ms", "predicted_ms", "link_mbit", "latency_ms", "overlap",
     "compute_ms", "parameters", "versions", "machine",
 )  # fmt: skip
+# What benchmarks.network measures beside the candidates.
+_ALL = (
+    *CANDIDATES,
+    Candidate("PowerSGD-1", "powersgd:1", "gradients", residual=True),
+    Candidate("top-k 0.1 %, feedback", "topk:0.001", "gradients", residual=True),
+    Candidate("top-k 0.1 %, ahead", "topk:0.001", "updates"),
+)
 # benchmarks.network's names
 METHODS = {
     "ddp": "fp32 (ddp)",
@@ -45,12 +54,15 @@ METHODS = {
     "qsgd:5": "QSGD-5",
     "orq:5": "ORQ-5",
     "terngrad": "TernGrad",
+    "powersgd:1": "PowerSGD-1",
     "powersgd:2": "PowerSGD-2",
     "feedback:sign": "sign, feedback",
     "feedback:bingrad_b": "BinGrad-b, feedback",
     "feedback:topk:0.01": "top-k 1 %, feedback",
+    "feedback:topk:0.001": "top-k 0.1 %, feedback",
     "sign": "sign, ahead",
     "topk:0.01": "top-k 1 %, ahead",
+    "topk:0.001": "top-k 0.1 %, ahead",
     "random_block:0.01": "block 1 %, ahead",
     "bingrad_b": "BinGrad-b, ahead",
 }
@@ -79,43 +91,53 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _figures(rank: int, world: int, job: Job) -> Figures:
-    """Do what happens at the start of a fit, but measure all candidates."""
+def _figures(rank: int, world: int, job: Job, names: Sequence[str]) -> Figures:
+    """Do what happens at the start of a fit, but measure these candidates."""
     torch.manual_seed(job.seed)
     net = model(job.width)
     replica = Auto(net, sgd(net, 0.01), Meter())
-    replica.auto.candidates = list(CANDIDATES)
+    replica.auto.candidates = [candidate for candidate in _ALL if candidate.name in names]
     batches = data(job, rank)
     for i in range(TIMED_TO):
         replica.step(*batches[i % len(batches)])
     return replica.auto.measure()
 
 
-def _predicted(names: Sequence[str], job: Job) -> tuple[Figures, dict[str, float]]:
+def _predicted(names: Sequence[str], job: Job, methods: Sequence[str]) -> tuple[Figures, dict[str, float]]:
     """Return what the hosts measure, and seconds of a step by the name in benchmarks.network."""
-    figures: Figures = run_ranks(len(names), _figures, job, timeout=150.0, before=partial(enter, names))[0]
+    figures: Figures = run_ranks(
+        len(names), _figures, job, [METHODS[m] for m in methods], timeout=150.0, before=partial(enter, names)
+    )[0]
     work, _, link, codecs = figures
-    found = {candidate.name: candidate for candidate in CANDIDATES}
+    found = {candidate.name: candidate for candidate in _ALL}
     seconds = {
-        method: predict(found[name], work, link, codecs[name], len(names)).seconds for method, name in METHODS.items()
+        method: predict(found[name], work, link, codecs[name], len(names), _exchange(found[name], len(names))).seconds
+        for method, name in METHODS.items()
+        if method in methods
     }
     return figures, seconds
+
+
+def _exchange(candidate: Candidate, world: int) -> str | None:
+    """Return the exchange that benchmarks.methods takes."""
+    scheme = candidate.compressor
+    return choose_exchange(scheme, world) if isinstance(scheme, Compressor) else None
 
 
 def _beside(path: Path) -> None:
     """Compare with the runs of benchmarks.network."""
     for (bandwidth, hosts, width, batch), cell in sorted(_measured(path).items()):
         with network(hosts, bits_per_second(bandwidth)) as names:
-            figures, predicted = _predicted(names, Job("auto", batch, 0, 0.0, 0, width))
+            figures, predicted = _predicted(names, Job("auto", batch, 0, 0.0, 0, width), list(METHODS))
         _show(f"{bandwidth}, {hosts} hosts", figures, cell, predicted)
 
 
 def _now(options: argparse.Namespace, hosts: int) -> None:
     """Compare with runs made now, and append them to advice.csv."""
-    measured = {}
+    measured, methods = {}, [name for name in options.methods.split(",") if name in METHODS]
     with network(hosts, bits_per_second(options.bandwidth)) as names:
-        figures, predicted = _predicted(names, Job("auto", options.batch, 0, 0.0, 0, options.width))
-        for method in options.methods.split(","):
+        figures, predicted = _predicted(names, Job("auto", options.batch, 0, 0.0, 0, options.width), methods)
+        for method in methods:
             job = Job(method, options.batch, 8, 3.0, 0, options.width)
             measured[method] = median(measure(names, job, 120.0).steps)
     _show(f"{options.bandwidth}, {hosts} hosts", figures, measured, predicted)

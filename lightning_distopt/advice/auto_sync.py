@@ -31,7 +31,7 @@ __all__ = ["TIMED_FROM", "TIMED_TO", "AutoSync", "Figures", "sixteen_bit"]
 
 TIMED_FROM = 3  # DDP cuts its buckets anew after the first step, and kernels are compiled in it
 TIMED_TO = 7
-_SECONDS = 1.0  # for the large messages of the link's measurement
+_SECONDS = 2.0  # for the large messages of the link's measurement
 _NUMEL = 1 << 22  # for the codecs'
 
 
@@ -205,18 +205,19 @@ class AutoSync:
     def _workload(self) -> tuple[Workload, float]:
         """Return the model's part, and the seconds of a step in 16 bit.
 
-        A step's computing is that of the fastest timed one: traffic that is under way meanwhile only slows it.
+        The split of a step is that of the rank that computes longest, for which the others wait.
         """
         last = self._rounds[-1].cuts
         own = [
             median(r.period for r in self._rounds),
-            min(max(0.0, r.period - r.inside - r.backward) for r in self._rounds),
-            min(r.backward for r in self._rounds),
-            *(min(r.cuts[i][1] for r in self._rounds if len(r.cuts) == len(last)) for i in range(len(last))),
+            median(max(0.0, r.period - r.inside - r.backward) for r in self._rounds),
+            median(r.backward for r in self._rounds),
+            *(median(r.cuts[i][1] for r in self._rounds if len(r.cuts) == len(last)) for i in range(len(last))),
         ]
-        figures = torch.tensor(own, device=self.device)
-        dist.all_reduce(figures, op=dist.ReduceOp.MAX)
-        period, outside, backward, *ready = figures.tolist()
+        figures = torch.zeros(self.sync.world, len(own), device=self.device)
+        figures[self.sync.rank] = torch.tensor(own)
+        dist.all_reduce(figures)
+        period, outside, backward, *ready = max(figures.tolist(), key=lambda row: row[1] + row[2])
         cuts = tuple((numel, seconds) for (numel, _), seconds in zip(last, ready, strict=True))
         shapes = tuple(tuple(p.shape) for p in self.sync.names if p.requires_grad)
         return Workload(sum(numel for numel, _ in cuts), outside, backward, 1, cuts, shapes), period

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_distopt.compressors import Compressor, Specification, parse
+from lightning_distopt.data_parallel.exchanges import choose_exchange
 
 __all__ = ["BASELINES", "CANDIDATES", "Candidate", "Path"]
 
@@ -51,6 +52,13 @@ class Candidate:
         """The strategy's arguments that use it."""
         feedback = "" if self.path == "updates" else f', error_feedback="{self.error_feedback}"'
         return f'CompressedDDPStrategy("{self.text}"{feedback})'
+
+    def arguments_with(self, exchange: str, world: int) -> str:
+        """Return the same, with the exchange if ``"auto"`` would take another one on so many ranks."""
+        scheme = self.compressor
+        if not isinstance(scheme, Compressor) or self.residual or exchange == choose_exchange(scheme, world):
+            return self.arguments
+        return f'{self.arguments[:-1]}, exchange="{exchange}")'
 
 
 CANDIDATES = (

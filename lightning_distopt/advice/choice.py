@@ -158,6 +158,6 @@ def _report(
         lines.append(
             f"{p.candidate.name} (updates instead of gradients) would take {1e3 * p.seconds:.1f} ms, "
             f"{100 * (1 - p.seconds / chosen.seconds):.0f} % less still; a fit cannot change to it, so start one with "
-            f"`{p.candidate.arguments}`."
+            f"`{p.candidate.arguments_with(p.exchange, world)}`."
         )
     return "\n".join(lines)

@@ -185,9 +185,15 @@ def low_rank_numel(rank: int, work: Workload) -> tuple[float, float]:
     return first * scale, second * scale
 
 
-def predict(candidate: Candidate, work: Workload, link: Link, codec: CodecSpeed, world: int) -> Prediction:
-    """Return the prediction for the exchange that is fastest."""
+def predict(
+    candidate: Candidate, work: Workload, link: Link, codec: CodecSpeed, world: int, exchange: str | None = None
+) -> Prediction:
+    """Return the prediction for an exchange, or for the one that is fastest.
+
+    Gradients have no choice: they are gathered by few ranks and served by many, as the strategy's ``exchange="auto"`` says.
+    """
     plans = _plans(candidate, work, world)
+    plans = [plan for plan in plans if plan.exchange == exchange] or plans
     if world == 1:
         return Prediction(candidate, plans[0].exchange, work.compute, 0.0, 0.0, 0.0)
     return min((_with(plan, candidate, work, link, codec, world) for plan in plans), key=lambda p: p.seconds)
@@ -269,8 +275,8 @@ def _plans(candidate: Candidate, work: Workload, world: int) -> list[_Plan]:
     plans = [_Plan("all_gather", (world - 1, 0), (payload * (world - 1), 0), world)]
     if scheme.splittable and not candidate.residual:  # with residuals in units of gradients, its answers are dense
         plans.append(_Plan("sharded_server", (around, 0), (2 * share * payload, 0), 2, 1 / world))
-        if candidate.path == "gradients" and world > ALL_GATHER_RANKS:
-            plans = plans[1:]  # many payloads at once need memory for each
+        if candidate.path == "gradients":
+            plans = plans[1:] if world > ALL_GATHER_RANKS else plans[:1]
     return plans
 
 

@@ -74,6 +74,7 @@ def measure_link(device: torch.device, group: dist.ProcessGroup | None = None, s
         numel //= 2
     values = torch.ones(numel, device=device)
     large = slowest(lambda: dist.all_reduce(values, group=group))
+    quarter = all_reduce(numel // 4)  # the slope between two long messages: start-up is in both
 
     matrix = torch.randn(256, 256, device=device)
     one = slowest(lambda: _compute(matrix, 8)) / 8
@@ -88,8 +89,8 @@ def measure_link(device: torch.device, group: dist.ProcessGroup | None = None, s
 
     together = slowest(both)
     hidden = (large + computing - together) / min(large, computing)
-    nbytes = 2 * 4 * (numel - _SMALL) * (world - 1) / world
-    return Link(nbytes / max(large - small, 1e-9), small / messages, min(1.0, max(0.0, hidden)))
+    nbytes = 2 * 4 * (numel - numel // 4) * (world - 1) / world
+    return Link(nbytes / max(large - quarter, large / 4), small / messages, min(1.0, max(0.0, hidden)))
 
 
 def _compute(matrix: Tensor, times: int) -> Tensor:

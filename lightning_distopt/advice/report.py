@@ -105,7 +105,8 @@ def print_table(
     console = Console()
     console.print(table)
     chosen = choose(predictions, next(p for p in predictions if p.candidate is BASELINE))
-    console.print(f"The choice would be {chosen.candidate.name}: strategy={chosen.candidate.arguments}", markup=False)
+    arguments = chosen.candidate.arguments_with(chosen.exchange, world)
+    console.print(f"The choice would be {chosen.candidate.name}: strategy={arguments}", markup=False)
 
 
 def _reason(p: Prediction, work: Workload) -> str:
