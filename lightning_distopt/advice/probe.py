@@ -89,7 +89,7 @@ class AdviceProbe(Callback):
                 torch.cuda.synchronize(device)
             ready[param] = time.perf_counter()
 
-        noting = [p.register_post_accumulate_grad_hook(note) for p in params]
+        noting = [p.register_post_accumulate_grad_hook(note) for p in params]  # type: ignore[no-untyped-call]
         silent: Any = lambda *args, **kwargs: None  # noqa: E731  # what is logged here belongs to no step
         module.log, module.log_dict = silent, silent  # type: ignore[method-assign]
         for _ in range(_REPEATS + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def print_table(
             "-" if p.candidate is BASELINE else show_bandwidth(limit),
             _reason(p, work),
         )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width
     console.print(table)
     chosen = choose(predictions, next(p for p in predictions if p.candidate is BASELINE))
     arguments = chosen.candidate.arguments_with(chosen.exchange, world)
