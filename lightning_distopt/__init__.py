@@ -6,16 +6,25 @@
 from importlib.metadata import version
 
 from lightning_distopt import callbacks, compressors, data_parallel
-from lightning_distopt.strategies import AutoCompressedDDPStrategy, CompressedDDPStrategy, list_strategies, register
+from lightning_distopt.resumable_loader import ResumableLoader
+from lightning_distopt.strategies import (
+    AutoCompressedDDPStrategy,
+    CompressedDDPStrategy,
+    list_strategies,
+    newest_whole_checkpoint,
+    register,
+)
 
 __version__ = version("lightning-distopt")
 __all__ = [
     "AutoCompressedDDPStrategy",
     "CompressedDDPStrategy",
+    "ResumableLoader",
     "callbacks",
     "compressors",
     "data_parallel",
     "list_strategies",
+    "newest_whole_checkpoint",
     "register",
 ]
 

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-__all__ = ["DistoptError", "ExchangeError", "NonFiniteError", "RankMismatchError", "SidecarError"]
+__all__ = [
+    "CheckpointError",
+    "DistoptError",
+    "ExchangeError",
+    "NonFiniteError",
+    "PayloadError",
+    "RankMismatchError",
+    "SidecarError",
+]
 
 
 class DistoptError(RuntimeError):
     """Base class of the errors below."""
+
+
+class CheckpointError(DistoptError):
+    """A checkpoint could not be written on some rank, or is no checkpoint that can be read safely.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message, path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ExchangeError(DistoptError):
@@ -17,16 +40,24 @@ class ExchangeError(DistoptError):
         step: number of the exchange, from 0.
         bucket: names of the parameters that travelled; empty if none did.
         peer: the other end, where the backend's message names it.
+        culprits: ranks that the roll-call found silent, late or ended; empty if it could not tell.
     """
 
     def __init__(
-        self, message: str, rank: int = 0, step: int = 0, bucket: tuple[str, ...] = (), peer: str | None = None
+        self,
+        message: str,
+        rank: int = 0,
+        step: int = 0,
+        bucket: tuple[str, ...] = (),
+        peer: str | None = None,
+        culprits: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(message, rank, step, bucket, peer)  # all of them, so that a pickled error arrives whole
+        super().__init__(message, rank, step, bucket, peer, culprits)  # all, so that a pickled error arrives whole
         self.rank = rank
         self.step = step
         self.bucket = bucket
         self.peer = peer
+        self.culprits = culprits
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -36,9 +67,13 @@ class NonFiniteError(DistoptError, ValueError):
     """A NaN or an infinity would have entered a payload, a residual or the common model."""
 
 
+class PayloadError(DistoptError, ValueError):
+    """Bytes from elsewhere are not a payload: damaged, cut off, too long, of another version, or of another tensor."""
+
+
 class RankMismatchError(DistoptError):
     """The ranks do not hold the same parameters in the same order, so no collective can be matched."""
 
 
 class SidecarError(DistoptError):
-    """A per-rank checkpoint file is missing, unreadable or belongs to another run, and ``strict_sidecars=True``."""
+    """A checkpoint and its per-rank files do not belong together; or one is lost, and ``strict_sidecars=True``."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
 from lightning_distopt.advice.candidates import CANDIDATES, Candidate
 from lightning_distopt.advice.cost_model import CodecSpeed, Link, Prediction, Workload, rank_methods
+from lightning_distopt.compressors import parse
+from lightning_distopt.data_parallel.exchanges import ExchangeName
 
 __all__ = ["MARGIN", "Decision", "choose", "decide"]
 
@@ -47,6 +49,23 @@ class Decision:
     def state_dict(self) -> dict[str, Any]:
         """Return numbers and strings."""
         return asdict(self)
+
+    @classmethod
+    def from_state(cls, values: Mapping[str, Any]) -> Decision:
+        """Return the decision whose :meth:`state_dict` this is.
+
+        Raises:
+            ValueError: if it is that of no decision, as a file may hold.
+        """
+        kinds = {"world": int, "seconds": float, "baseline_seconds": float}
+        names = [field.name for field in fields(cls)]
+        if set(values) != set(names) or any(type(values[n]) is not kinds.get(n, str) for n in names):
+            raise ValueError(f"it is no decision of `compressed_ddp_auto`: {str(dict(values))[:100]}")
+        choice = cls(**values)
+        if choice.error_feedback not in ("gradient", "none") or choice.exchange not in get_args(ExchangeName):
+            raise ValueError(f"no gradients travel by {choice.error_feedback[:60]!r} and {choice.exchange[:60]!r}")
+        parse(choice.compressor)
+        return choice
 
 
 def choose(

@@ -30,6 +30,7 @@ class CommunicationMonitor(Callback):
     ``feedback/residual_norm``  2-norm of rank 0's residual
     ``feedback/mismatch``     squared distance between where gradients are taken and the auxiliary point
     ``feedback/sidecars_lost``  files beside the loaded checkpoint, of all ranks, that could not be used
+    ``feedback/non_finite_steps``  steps so far that were skipped or mended, with ``non_finite="skip"`` or ``"zero"``
     ========================  ====================================================================================
 
     What is sent before the first step, in validation and for ``mismatch_every`` is in the table only.
@@ -86,6 +87,8 @@ class CommunicationMonitor(Callback):
         if not isinstance(self._meter, _ComputedMeter):
             figures |= {"comm/exchange_seconds": per_step[3], "comm/encode_seconds": per_step[4]}
         figures |= self._feedback(trainer)
+        if getattr(trainer.strategy, "non_finite", "raise") != "raise":
+            figures["feedback/non_finite_steps"] = float(trainer.strategy.non_finite_steps)  # type: ignore[attr-defined]
         pl_module.log_dict(figures)
 
     def _feedback(self, trainer: pl.Trainer) -> dict[str, float]:

@@ -190,6 +190,16 @@ class Compressor(ABC):
         """Return how many entries a (part of a) payload holds, or None where the layout alone decides."""
         return None
 
+    def problem(self, payload: Payload) -> str | None:
+        """Say what is wrong with the contents of a payload that fits the layout and may come from anywhere; ``None`` if nothing.
+
+        Decoding it then reads and writes nothing but what belongs to it, and gives finite numbers.
+        """
+        for name, values in payload.fields.items():
+            if values.is_floating_point() and not all_finite(values):
+                return f"`{name}` holds a NaN or an infinity"
+        return None
+
     def nbytes(self, numel: int, dtype: torch.dtype = torch.float32) -> int:
         """Return the exact payload size in bytes of a tensor with ``numel`` elements."""
         return sum(field.numel * field.dtype.itemsize for field in self.layout(numel, dtype))

@@ -152,6 +152,14 @@ class Quantizer(Compressor):
             parts.append(Payload(fields, torch.Size([b - a]), payload.dtype))
         return parts
 
+    def problem(self, payload: Payload) -> str | None:
+        codes = payload.fields["codes"]
+        if self.symbols == 3:
+            bad = bool((codes >= 3**5).any())
+        else:
+            bad = bool((unpack_codes(codes, payload.numel, self.symbols) >= self.symbols).any())
+        return f"`codes` are not all below {self.symbols}" if bad else super().problem(payload)
+
     @property
     def bits(self) -> float:
         """Bits of a code on the wire."""

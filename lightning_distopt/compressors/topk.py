@@ -68,6 +68,13 @@ class TopK(Compressor):
             for a, b, i, j in zip(bounds[:-1], bounds[1:], cuts[:-1], cuts[1:], strict=True)
         ]
 
+    def problem(self, payload: Payload) -> str | None:
+        places = payload.fields["indices"]
+        ascending = bool((places[1:] > places[:-1]).all())  # a difference of 4-byte numbers could wrap around
+        if places.numel() and not (ascending and places[0] >= 0 and places[-1] < payload.numel):
+            return f"`indices` are not ascending places below {payload.numel}"
+        return super().problem(payload)
+
     def entries(self, payload: Payload) -> int | None:
         return payload.fields["indices"].numel()
 

@@ -239,6 +239,11 @@ class GradientSync:
         names = [name for arrived in self._arrived for name in arrived.names]
         return {name for name, flag in zip(names, used.tolist(), strict=True) if not flag}
 
+    def forget_non_finite(self) -> bool:
+        """Whether the last average held a NaN or an infinity, the same on all ranks; residuals are as before the step."""
+        found, self._non_finite = bool(self._non_finite), []
+        return found
+
     def raise_if_non_finite(self) -> None:
         """Raise on all ranks if the last average held a NaN or an infinity.
 

@@ -99,6 +99,11 @@ class UpdateSync:
         """All buckets, in the order of their collectives."""
         return [bucket for group in self._groups for bucket in group.buckets]
 
+    @property
+    def rounds(self) -> int:
+        """Exchanges so far, of the group that had the most."""
+        return max((group.rounds for group in self._groups), default=0)
+
     # ---- what takes part ------------------------------------------------------------------------------------------
 
     def track(self, params: Mapping[str, Parameter], owners: Mapping[str, tuple[int, ...]]) -> None:

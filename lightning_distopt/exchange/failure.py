@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from lightning_distopt.errors import DistoptError, ExchangeError
+from lightning_distopt.exchange import roll_call
 
 __all__ = ["network_failures"]
 
@@ -35,8 +36,10 @@ def network_failures(
     Raises:
         ExchangeError: see above.
     """
+    roll_call.now_at(step, doing, waiting=only)
     try:
         yield
+        roll_call.now_at(step, f"what follows `{doing}`")
     except DistoptError:
         raise
     except RuntimeError as error:  # Gloo's own; NCCL's DistBackendError is one, too
@@ -50,8 +53,15 @@ def network_failures(
         if bucket:
             more = f" and {len(bucket) - 1} more" if len(bucket) > 1 else ""
             what = f"{doing} the bucket of `{bucket[0]}`{more}"
-        message = (
-            f"In step {step} rank {rank} could not {what} with {f'peer {peer}' if peer else 'the other ranks'}: {reason}. "
+        roll = roll_call.called()
+        advice = (
             "Look for the rank that stopped first, or, if one is only slow, pass a longer `timeout` to the strategy."
         )
-        raise ExchangeError(message, rank, step, tuple(bucket), peer) from error
+        advice = f"{roll.text} {advice}" if roll.text and not roll.culprits else roll.text or advice
+        message = (
+            f"In step {step} rank {rank} could not {what} with {f'peer {peer}' if peer else 'the other ranks'}: {reason}. "
+            f"{advice}"
+        )
+        named = f" [culprits {' '.join(map(str, roll.culprits))}]" if roll.culprits else ""
+        roll_call.leave_last_words(f"ExchangeError{named} {roll.text}")
+        raise ExchangeError(message, rank, step, tuple(bucket), peer, roll.culprits) from error

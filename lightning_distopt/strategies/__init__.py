@@ -3,11 +3,13 @@
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_distopt.strategies.registry import StrategyRecord, list_strategies, register
+from lightning_distopt.strategies.whole import newest_whole_checkpoint
 
 __all__ = [
     "AutoCompressedDDPStrategy",
     "CompressedDDPStrategy",
     "StrategyRecord",
     "list_strategies",
+    "newest_whole_checkpoint",
     "register",
 ]

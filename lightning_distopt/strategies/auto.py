@@ -15,9 +15,11 @@ from lightning_distopt.advice.candidates import CANDIDATES
 from lightning_distopt.advice.choice import MARGIN, Decision
 from lightning_distopt.advice.cost_model import Link
 from lightning_distopt.compressors.text import as_compressor
+from lightning_distopt.data_parallel.non_finite import NonFinite
+from lightning_distopt.errors import CheckpointError
 from lightning_distopt.strategies.checks import ddp_arguments, fraction
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
-from lightning_distopt.strategies.rank_state import KEY
+from lightning_distopt.strategies.header import KEY
 
 __all__ = ["AutoCompressedDDPStrategy"]
 
@@ -40,7 +42,8 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
 
     Args:
         margin: what a method must gain over 16 bit to be taken, as a share of the step's time, in [0, 1].
-        strict_sidecars: see ``CompressedDDPStrategy``.
+        non_finite: see ``CompressedDDPStrategy``.
+        strict_sidecars: see there.
         **ddp_kwargs: for ``DDPStrategy`` and ``DistributedDataParallel``.
 
     Raises:
@@ -58,9 +61,15 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
     strategy_name: ClassVar[str] = "compressed_ddp_auto"
     _assumed_link: ClassVar[Link | None] = None  # for tests: instead of measuring it
 
-    def __init__(self, margin: float = MARGIN, strict_sidecars: bool = False, **ddp_kwargs: Any) -> None:
+    def __init__(
+        self,
+        margin: float = MARGIN,
+        non_finite: NonFinite = "raise",
+        strict_sidecars: bool = False,
+        **ddp_kwargs: Any,
+    ) -> None:
         ddp_arguments(type(self).__name__, ddp_kwargs)
-        super().__init__("bf16", "none", strict_sidecars=strict_sidecars, **ddp_kwargs)
+        super().__init__("bf16", "none", non_finite=non_finite, strict_sidecars=strict_sidecars, **ddp_kwargs)
         self.margin = fraction("margin", margin)
         self._auto: AutoSync | None = None
         self._decision: Decision | None = None
@@ -86,7 +95,7 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
             self._baseline = text
         super().configure_ddp()
 
-    def _hook_state(self) -> Any:
+    def _taker_of_buckets(self) -> Any:
         assert self._gradient_sync is not None
         self._auto = AutoSync(
             self._gradient_sync,
@@ -159,7 +168,13 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         kept = checkpoint.get(KEY, {}).get("decision")
         if kept is not None and self._auto is not None and not (self._decision and self._decision.state_dict() == kept):
-            decision = Decision(**kept)
+            try:
+                decision = Decision.from_state(kept)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"The checkpoint's choice cannot be used: {error}. Choose another checkpoint.",
+                    self._rank_state.path or "",
+                ) from None
             self._adopt(decision)
             self._auto.take(decision)
             self._keep("the checkpoint's fit")

@@ -6,12 +6,14 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -26,9 +28,11 @@ from lightning_distopt.compressors.kernels import kernels_of
 from lightning_distopt.compressors.text import as_compressor
 from lightning_distopt.data_parallel import GradientSync, UpdateSync, UpdateSyncConfig
 from lightning_distopt.data_parallel.exchanges import ExchangeName, choose_exchange, make_exchange
+from lightning_distopt.data_parallel.non_finite import NonFinite, NonFiniteGuard
 from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.error_feedback import refuse_unless_contractive
-from lightning_distopt.exchange import Meter, network_failures
+from lightning_distopt.errors import CheckpointError
+from lightning_distopt.exchange import Meter, network_failures, roll_call
 from lightning_distopt.strategies.checks import choice, count, ddp_arguments, flag, positive
 from lightning_distopt.strategies.combinations import (
     ErrorFeedback,
@@ -41,8 +45,12 @@ from lightning_distopt.strategies.combinations import (
     refuse_what_a_specification_brings,
     refuse_what_belongs_to_updates,
 )
+from lightning_distopt.strategies.compat import is_interrupted
+from lightning_distopt.strategies.launchers import PatientProcesses, PatientScripts
 from lightning_distopt.strategies.local_steps import LocalSteps
 from lightning_distopt.strategies.rank_state import RankState
+from lightning_distopt.strategies.watch import Watch
+from lightning_distopt.strategies.whole import newest_whole_checkpoint
 
 __all__ = ["CompressedDDPStrategy"]
 
@@ -95,6 +103,9 @@ class CompressedDDPStrategy(DDPStrategy):
         bucket_mb: megabytes compressed while the bucket before is on the network, above 0; a larger parameter is a
             bucket of its own. More buckets overlap better, fewer cost less latency. Of gradients ("gradient", "none"),
             ``bucket_cap_mb`` says it.
+        non_finite: what all ranks do in a step in which a gradient of any of them holds a NaN or an infinity: "raise" an error
+            that names rank, step and parameter; "skip" the step, which leaves parameters, optimizers and residuals as they
+            were; or "zero": the bad entries count as zero. Logged as ``feedback/non_finite_steps``.
         strict_sidecars: raise an error on all ranks, instead of a warning, where a rank's file beside a checkpoint is
             missing or unreadable; its residual would be lost.
         allow_noncontractive: let error feedback go round a compressor whose residual may grow without bound, with a warning.
@@ -129,6 +140,7 @@ class CompressedDDPStrategy(DDPStrategy):
         sync_every: int = 1,
         scope: Scope = "tensor",
         bucket_mb: float = 25.0,
+        non_finite: NonFinite = "raise",
         strict_sidecars: bool = False,
         allow_noncontractive: bool = False,
         **ddp_kwargs: Any,
@@ -142,6 +154,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self.dense_steps = count("dense_steps", dense_steps, 0)
         self.sync_every = count("sync_every", sync_every, 1)
         self.bucket_mb = positive("bucket_mb", bucket_mb)
+        self.non_finite: NonFinite = choice("non_finite", non_finite, NonFinite)
         self.strict_sidecars = flag("strict_sidecars", strict_sidecars)
         self.server_compression = None if server_compression is None else flag("server_compression", server_compression)
         self.coefficient = checked_coefficient(self, coefficient)
@@ -157,6 +170,7 @@ class CompressedDDPStrategy(DDPStrategy):
             if self.exchange != "auto":  # what cannot carry the compressor is refused here, not in the workers
                 make_exchange(self.exchange, self.compressor, Meter())
         self.meter = Meter()
+        self.guard = NonFiniteGuard(self.non_finite, self.meter)
         self.run_id = 0
         self._shared_seed = 0
         # As in DistributedDataParallel: torch 2.15 renamed `broadcast_buffers`, which also spared the first broadcast.
@@ -165,7 +179,10 @@ class CompressedDDPStrategy(DDPStrategy):
         self._sends_buffers_first = not spared or in_forward is not None
         self._local_steps: LocalSteps | None = None
         self._gradient_sync: GradientSync | None = None
+        self._buckets_go_to: Any = None
+        self._judged = 0
         self._rank_state = RankState(self)
+        self._watch = Watch(self)
 
     # ---- configuration ----------------------------------------------------------------------------------------------
 
@@ -197,12 +214,32 @@ class CompressedDDPStrategy(DDPStrategy):
 
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
+    def setup_distributed(self) -> None:
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if attempt and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
+            # The agent keeps its store when it starts the ranks again, and with it the addresses of those that died.
+            self.set_world_ranks()
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            timeout = timedelta(seconds=self.patience)
+            store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+            dist.init_process_group(
+                self.process_group_backend or dist.get_default_backend_for_device(self.root_device),
+                store=dist.PrefixStore(f"attempt/{attempt}", store),  # type: ignore[attr-defined]
+                rank=self.global_rank,
+                world_size=self.world_size,
+                timeout=timeout,
+                device_id=self.root_device if self.root_device.type != "cpu" else None,
+            )
+        super().setup_distributed()
+
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
         refuse_averages_of_local_parameters(self)
         refuse_tensors_that_cannot_be_compressed(self)
         self.meter = Meter()
+        self.guard = NonFiniteGuard(self.non_finite, self.meter)
         world = dist.get_world_size()
+        self._watch.begin()
         # Ranks may have seeded themselves differently; what they draw together must not depend on it.
         shared = torch.tensor([secrets.randbits(62), _seed()], device=self.root_device)
         broadcast_([shared], self.meter, "setup")
@@ -285,10 +322,11 @@ class CompressedDDPStrategy(DDPStrategy):
             find_unused=self.model.find_unused_parameters,
         )
         self._rank_state.go_on(self._gradient_sync)
-        self.model.register_comm_hook(self._hook_state(), _hook)
+        self._buckets_go_to = self._taker_of_buckets()
+        self.model.register_comm_hook(self, _hook)
 
-    def _hook_state(self) -> Any:
-        """Return what takes DDP's buckets."""
+    def _taker_of_buckets(self) -> Any:
+        """Return what takes DDP's buckets, by a method ``hook``."""
         return self._gradient_sync
 
     def _learning_rates(self) -> dict[Parameter, float]:
@@ -296,6 +334,8 @@ class CompressedDDPStrategy(DDPStrategy):
         return {parameter: float(group["lr"]) for group in groups for parameter in group["params"]}
 
     def teardown(self) -> None:
+        self._watch.end()
+        self._rank_state.close()
         if self._local_steps is not None:
             self._local_steps.close()
         self._rank_state.keep()
@@ -304,14 +344,54 @@ class CompressedDDPStrategy(DDPStrategy):
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
+        roll_call.leave_last_words(f"{type(exception).__name__}: {exception}")
         if self._local_steps is not None:
             self._local_steps.sync.restore()
         super().on_exception(exception)
 
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        start: Any = self._start_method
+        if start == "popen":
+            self._launcher = PatientScripts(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = PatientProcesses(self, start_method=start)
+
+    # ---- collectives of Lightning's -----------------------------------------------------------------------------------
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self.torn or self.is_ending:
+            return  # the others are elsewhere
+        with network_failures(self.global_rank, self.round, doing="meet at a barrier"):
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with network_failures(self.global_rank, self.round, doing="broadcast an object"):
+            return super().broadcast(obj, src)
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        with network_failures(self.global_rank, self.round, doing="reduce a value"):
+            return super().reduce(tensor, group, reduce_op)
+
     # ---- one step ---------------------------------------------------------------------------------------------------
 
+    @property
+    def round(self) -> int:
+        """Number of the exchange that comes next."""
+        if self._gradient_sync is not None:
+            return self._gradient_sync.rounds
+        return 0 if self._local_steps is None else self._local_steps.sync.rounds
+
+    @property
+    def torn(self) -> bool:
+        """Whether an exchange failed in the middle of a step, so that ranks may hold different models."""
+        return self._watch.torn
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        run = partial(super().training_step, *args, **kwargs)
+        with self._watch.step(self.round, "training_step"):
+            return self._training_step(partial(super().training_step, *args, **kwargs))
+
+    def _training_step(self, run: Callable[[], Any]) -> Any:
         if self._local_steps is not None:
             return self._local_steps.training_step(run)
         if isinstance(self.model, DistributedDataParallel) and self.model.will_sync_module_buffers():  # type: ignore[no-untyped-call]
@@ -320,7 +400,7 @@ class CompressedDDPStrategy(DDPStrategy):
             return run()
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self._failures_of_the_wrapper("backward"):
+        with self._watch.step(self.round, "backward"), self._failures_of_the_wrapper("backward"):
             return super().backward(closure_loss, *args, **kwargs)
 
     def _failures_of_the_wrapper(self, doing: str) -> AbstractContextManager[None]:
@@ -338,25 +418,40 @@ class CompressedDDPStrategy(DDPStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
+        if self._local_steps is not None:
+            closure = partial(self._local_steps.guarded, optimizer, closure)
         run = partial(super().optimizer_step, optimizer, closure, model, **kwargs)
-        return run() if self._local_steps is None else self._local_steps.optimizer_step(optimizer, run)
+        with self._watch.step(self.round, "optimizer_step"):
+            output = run() if self._local_steps is None else self._local_steps.optimizer_step(optimizer, run)
+        roll_call.now_at(self.round, "the hooks after a step")
+        return output
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         if self._local_steps is not None:
             self._local_steps.after_backward()
-        if self._gradient_sync is not None:
-            self._gradient_sync.raise_if_non_finite()
+        sync = self._gradient_sync
+        if sync is not None and self.non_finite == "raise":
+            sync.raise_if_non_finite()
+        elif sync is not None and sync.rounds != self._judged:
+            self._judged = sync.rounds
+            self.guard.after_backward(list(sync.names), sync.forget_non_finite())
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._watch.guard_signals()
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
         if self._local_steps is not None:
-            self._local_steps.show_common()
+            with self._watch.step(self.round, "validation"):
+                self._local_steps.show_common()
 
     def on_train_end(self) -> None:
         super().on_train_end()
         if self._local_steps is not None:
-            self._local_steps.finish()
+            with self._watch.step(self.round, "the end of training"):
+                self._local_steps.finish()
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 
@@ -375,6 +470,26 @@ class CompressedDDPStrategy(DDPStrategy):
         """What was chosen during the fit, for checkpoints; ``None`` where the arguments say it all."""
         return None
 
+    def is_ending(self) -> bool:
+        """Whether an exception is ending what the trainer does, so that other ranks may be anywhere."""
+        module = self.lightning_module
+        return module is not None and is_interrupted(module.trainer)
+
+    @property
+    def writes_files_itself(self) -> bool:
+        """Whether checkpoints are Lightning's ordinary files, which this package can write atomically."""
+        return type(self.checkpoint_io) is TorchCheckpointIO
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a rank that does not answer counts as gone: the process group's time-out."""
+        return self._timeout.total_seconds() if self._timeout is not None else 1800.0
+
+    @property
+    def non_finite_steps(self) -> int:
+        """Steps so far in which some rank's gradient held a NaN or an infinity, and which were skipped or mended."""
+        return self.guard.steps
+
     @property
     def sidecars_lost(self) -> int:
         """Files beside the loaded checkpoint, of all ranks, that could not be used."""
@@ -391,15 +506,28 @@ class CompressedDDPStrategy(DDPStrategy):
             return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        self._rank_state.write(checkpoint, filepath)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._rank_state.save(
+            checkpoint, filepath, partial(super().save_checkpoint, checkpoint, filepath, storage_options)
+        )
 
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self._rank_state.path = str(checkpoint_path)
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = str(checkpoint_path)
+        try:  # from the network, too, nothing is loaded that could run code, unless asked for
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
+        except (FileNotFoundError, IsADirectoryError):
+            raise
+        except Exception as error:  # a damaged file raises what it will
+            folder = os.path.dirname(path) or "."
+            newest = newest_whole_checkpoint(folder)
+            cure = (
+                f"Resume from `{newest}`, the newest whole checkpoint there" if newest else "Choose another checkpoint"
+            )
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CheckpointError(f"`{path}` cannot be read safely ({reason}). {cure}.", path) from error
+        return self._rank_state.read(checkpoint, path)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(self._rank_state.read(checkpoint))
+        super().load_optimizer_state_dict(self._rank_state.restore(checkpoint))
 
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(filepath)
@@ -412,8 +540,9 @@ class CompressedDDPStrategy(DDPStrategy):
         register(strategy_registry)
 
 
-def _hook(sync, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations by identity, and ours are strings
-    return sync.hook(bucket)
+def _hook(strategy, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations by identity, and ours are strings
+    strategy.guard.look_at(bucket.buffer())
+    return strategy._buckets_go_to.hook(bucket)
 
 
 def _seed() -> int:

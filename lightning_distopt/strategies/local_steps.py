@@ -49,6 +49,7 @@ class LocalSteps:
         self._buffers_due = True
         self._in_training_step = False
         self._stepping = False
+        self._skips = False  # some rank's gradient is bad, and nobody takes this step
         self._bare: Optimizer | None = None
         self._norms_ahead: Tensor | None = None
         self._untouched = True  # no step yet in this `training_step`
@@ -116,15 +117,28 @@ class LocalSteps:
         self._end(number)
         return output
 
+    def guarded(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+        """Take forward and backward, and see whether the gradients may be stepped with, before they are clipped."""
+        output = closure()
+        self._look_before(optimizer)
+        return output
+
+    def _look_before(self, optimizer: Optimizer) -> None:
+        params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._skips = self._strategy.guard.before_step(params)
+
     def _before_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._stepping and self._owners_of(optimizer):
             self._begin()
+            self._look_before(optimizer)
             self._bare = optimizer
 
     def _after_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._bare is optimizer:
             self._bare = None
+            skips = self._skips
             for number in self._owners_of(optimizer):
+                self._skips = skips
                 self._end(number)
 
     def _owners_of(self, optimizer: Optimizer) -> list[int]:
@@ -163,7 +177,10 @@ class LocalSteps:
     def _end(self, number: int) -> None:
         self._stepping = False
         self._stepped = True
-        if self.sync.exchange(number):
+        if self._skips:
+            self._skips = False
+            self.sync.leave()
+        elif self.sync.exchange(number):
             self._buffers_due = True
         if self._in_training_step and not self._module.automatic_optimization:
             self.sync.enter()  # more forwards may follow in this training_step

@@ -1,40 +1,57 @@
 """What a rank writes beside a checkpoint, and what it finds there again.
 
-Who lost what is said once, in one warning: a checkpoint always loads (unless ``strict_sidecars``), and what cannot be
-restored starts from zero, which is a valid state, though the auxiliary point ``x - mean(e) - s`` moves.
+A save is a small agreement, by notes in the process group's store rather than by collectives, which a rank that saves
+after an exception could not issue in the order of the others:
+
+    [1] every rank writes its sidecar, under the name of this save    [2] all know whether all could
+    [3] rank 0 replaces the checkpoint                                [4] all know that, and the old save's sidecars go
+
+So whatever happens in between, the checkpoint that is there has all of its sidecars. Files are read and checked before any
+state is touched. Who lost what is said once, in one warning: a checkpoint loads without a sidecar (unless
+``strict_sidecars``), and what cannot be restored starts from zero, which is a valid state, though the auxiliary point
+``x - mean(e) - s`` moves. Sidecars of another save are refused.
 """
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_distopt.data_parallel.merge import merge_states
-from lightning_distopt.errors import SidecarError
+from lightning_distopt.errors import CheckpointError, SidecarError
+from lightning_distopt.exchange.notes import Board
+from lightning_distopt.resumable_loader import ResumableLoader
+from lightning_distopt.strategies import files
 from lightning_distopt.strategies.checkpoint import (
-    collect_random_states,
+    forget_other_saves,
+    forget_save,
     read_sidecar,
     remove_sidecars,
-    restore_random_states,
+    saves_of,
     write_sidecar,
 )
+from lightning_distopt.strategies.compat import default_store
+from lightning_distopt.strategies.header import KEY, Header, check_sidecar, read_header
+from lightning_distopt.strategies.random_states import collect_random_states, restore_random_states
+from lightning_distopt.strategies.whole import newest_whole_checkpoint
 
 if TYPE_CHECKING:
     from lightning_distopt.data_parallel import GradientSync, UpdateSync
     from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 
-__all__ = ["KEY", "RankState"]
+__all__ = ["RankState"]
 
-KEY = "lightning_distopt"
-_FORMAT = 1
 _OWN = ("residuals",)  # what differs between ranks in the state of `GradientSync`
 _UNITS = {"step_ahead": "parameters", "local": "parameters", "gradient": "gradients", "none": "nothing"}
+_PATIENCE = 10.0  # seconds that a rank which saves after an exception waits for the others to do so, too
+_FOREIGN = "it belongs to another save"
 
 
 class RankState:
@@ -49,6 +66,11 @@ class RankState:
         self._strategy = strategy
         self._kept: dict[str, Any] | None = None
         self._kept_of: weakref.ref[Any] | None = None
+        self._board: Board | None = None
+        self._saves = 0
+        self._last_saves: dict[str, str] = {}
+        self._header: Header | None = None
+        self._found: dict[str, Any] | None = None
         self.path: str | None = None
         self.lost = 0
 
@@ -66,131 +88,259 @@ class RankState:
 
     # ---- write ------------------------------------------------------------------------------------------------------
 
-    def write(self, checkpoint: dict[str, Any], filepath: Any) -> None:
-        """Mark the checkpoint and write this rank's sidecar; none for a weights-only checkpoint, or before any fit."""
+    def save(self, checkpoint: dict[str, Any], filepath: Any, write: Callable[[], None]) -> None:
+        """Write this rank's sidecar, and on rank 0 the checkpoint; see the module. No sidecar if it has weights only.
+
+        After an exception nothing is raised: where a whole checkpoint cannot be written, a warning says so, and what was
+        saved before stays.
+
+        Args:
+            checkpoint: of Lightning; gets a header.
+            filepath: of the checkpoint.
+            write: writes it some other way than to a local file.
+
+        Raises:
+            CheckpointError: on all ranks, naming the path and the rank, if a file could not be written.
+        """
+        path, strategy = os.fspath(filepath), self._strategy
+        ending = strategy.is_ending
+        if strategy.torn:
+            self._warn_of_nothing_written(path, "an exchange failed in the middle of a step, after which ranks differ")
+            return
+        header = self._mark(checkpoint)
+        try:
+            if header is not None:
+                self._together(path, lambda: self._write_own(checkpoint, header, path), ending)
+            self._together(
+                path, (lambda: self._write_main(checkpoint, path, write)) if self._is_first else None, ending
+            )
+        except CheckpointError as error:
+            if header is not None:
+                forget_save(path, header.save_id)
+            if not ending:
+                raise
+            self._warn_of_nothing_written(path, str(error))
+            return
+        if header is not None and self._is_first:
+            # A plugin of the user's may still be writing the file that replaces the one of before.
+            before = "" if self._replaces(path) else self._last_saves.get(path, "")
+            self._last_saves[path] = header.save_id
+            forget_other_saves(path, header.save_id, before)
+
+    @property
+    def _is_first(self) -> bool:
+        return self._strategy.global_rank == 0
+
+    def _warn_of_nothing_written(self, path: str, why: str) -> None:
+        rank_zero_warn(f"No checkpoint was written to `{path}`: {why}. What was saved before is as it was.")
+
+    def _mark(self, checkpoint: dict[str, Any]) -> Header | None:
+        """Put a header into the checkpoint; none into one of weights only, or before any fit."""
         strategy = self._strategy
         sync = strategy.update_sync or strategy.gradient_sync
         state = self._kept if sync is None else sync.state_dict()
         if "optimizer_states" not in checkpoint or state is None:
-            return
-        checkpoint[KEY] = header = {
-            "format": _FORMAT,
-            "world_size": strategy.world_size,
-            "algorithm": strategy.strategy_name,
-            "error_feedback": strategy.error_feedback,
-            "save_id": f"{strategy.run_id}-{_moment(checkpoint)}",
-            "shared": {} if strategy.sends_updates else {k: v for k, v in state.items() if k not in _OWN},
-        }
-        if strategy.decision is not None:
-            header["decision"] = strategy.decision
+            return None
+        self._saves += 1
+        epoch = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+        batches = epoch.get("current", {}).get("ready", 0)
+        header = Header(
+            world_size=strategy.world_size,
+            algorithm=strategy.strategy_name,
+            error_feedback=strategy.error_feedback,
+            save_id=f"{strategy.run_id}-{checkpoint.get('epoch')}-{checkpoint.get('global_step')}-{batches}-{self._saves}",
+            inside_epoch=bool(batches) and not epoch.get("is_last_batch", True),
+            shared={} if strategy.sends_updates else {k: v for k, v in state.items() if k not in _OWN},
+            decision=strategy.decision,
+        )
+        loaders = _loaders(checkpoint)
+        if not header.inside_epoch:  # the next epoch begins at the first batch, also where this one was cut short
+            loaders[:] = [ResumableLoader.at_end(place) for place in loaders]
+        checkpoint[KEY] = header.as_dict()
+        return header
+
+    def _write_own(self, checkpoint: Mapping[str, Any], header: Header, path: str) -> None:
+        strategy = self._strategy
+        sync = strategy.update_sync or strategy.gradient_sync
+        state = self._kept if sync is None else sync.state_dict()
+        assert state is not None
         if not strategy.sends_updates:
             state = {key: value for key, value in state.items() if key in _OWN}
         # Where gradients are averaged all ranks' optimizers are alike; rank 0's is in the checkpoint.
-        own = strategy.sends_updates and strategy.global_rank > 0
+        own = strategy.sends_updates and not self._is_first
         content = {
-            "save_id": header["save_id"],
+            "save_id": header.save_id,
             "rank": strategy.global_rank,
             "state": state,
             "optimizers": [optimizer.state_dict() for optimizer in strategy.optimizers] if own else [],
             "random": collect_random_states(),
+            "loaders": list(_loaders(checkpoint)),
         }
-        write_sidecar(os.fspath(filepath), strategy.global_rank, content)
+        write_sidecar(path, header.save_id, strategy.global_rank, content)
+
+    def _write_main(self, checkpoint: dict[str, Any], path: str, write: Callable[[], None]) -> None:
+        if self._replaces(path):
+            files.save_atomically(checkpoint, path)
+            return
+        try:
+            write()
+        except OSError as error:
+            raise CheckpointError(f"`{path}` could not be written: {error}.", path) from error
+
+    def _replaces(self, path: str) -> bool:
+        """Whether the checkpoint is written by this package, by one move; Lightning's own goes through another disk."""
+        return self._strategy.writes_files_itself and files.is_local(path) and not os.path.isdir(path)
+
+    def _together(self, path: str, work: Callable[[], None] | None, ending: bool) -> None:
+        """Let all ranks do their part, and know that all could."""
+        error: CheckpointError | None = None
+        try:
+            if work is not None:
+                work()
+        except CheckpointError as caught:
+            error = caught
+        strategy = self._strategy
+        if not dist.is_initialized() or strategy.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        said = self._tell("" if error is None else str(error), ending)
+        if error is not None:
+            raise error
+        failed = {rank: text for rank, text in said.items() if text}
+        if failed:
+            rank = min(failed)
+            raise CheckpointError(f"Rank {rank} could not save: {failed[rank]}", path)
+        missing = sorted(set(range(strategy.world_size)) - said.keys())
+        if missing:
+            raise CheckpointError(
+                f"ranks {missing} took no part in saving `{path}`. Call `save_checkpoint` on all ranks in the same step.",
+                path,
+            )
+
+    def _tell(self, text: str, ending: bool) -> dict[int, str]:
+        strategy = self._strategy
+        if self._board is None:
+            self._board = Board(default_store(), strategy.global_rank, strategy.world_size)
+        limit = strategy.patience
+        return self._board.gather(text, min(limit, _PATIENCE) if ending else limit)
+
+    def close(self) -> None:
+        """Forget what belongs to the process group."""
+        self._board = None
 
     @rank_zero_only
     def remove(self, filepath: Any) -> None:
         """Delete the sidecars together with their checkpoint."""
+        self._last_saves.pop(os.fspath(filepath), None)
         remove_sidecars(os.fspath(filepath))
 
     # ---- read -------------------------------------------------------------------------------------------------------
 
-    def read(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Restore this rank from the sidecars of the loaded checkpoint; return the checkpoint with its own optimizers.
+    def read(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
+        """Read and check what lies beside a checkpoint that was just loaded, if a fit is to go on from it.
 
-        A collective: all ranks learn which files cannot be used.
+        Changes nothing but the returned checkpoint, which gets this rank's place in its data. All ranks learn which files
+        cannot be used.
 
         Raises:
-            SidecarError: on all ranks, if a sidecar is missing, unreadable or of another save, and ``strict_sidecars=True``.
+            CheckpointError: if the checkpoint has a header that cannot be used.
+            SidecarError: on all ranks, if the sidecars are those of another save; or if one is missing or unreadable, and
+                ``strict_sidecars=True``.
         """
-        header = checkpoint.get(KEY)
         strategy = self._strategy
-        sync = strategy.update_sync or strategy.gradient_sync
-        if self.path is None or header is None or sync is None:
-            rank_zero_info("The checkpoint was not written by `compressed_ddp`: residuals start from zero.")
+        self.path, self._header, self._found = path, None, None
+        module = strategy.lightning_module
+        if module is None or module.trainer.state.fn != TrainerFn.FITTING:
+            return checkpoint  # weights need no sidecar
+        self._header = header = read_header(checkpoint, path)
+        if header is None:
             return checkpoint
-        if strategy.gradient_sync is not None:
-            strategy.gradient_sync.load_state_dict(header["shared"])
-        before, now = header["error_feedback"], strategy.error_feedback
-        if before != "none" and _UNITS[before] != _UNITS[now]:
+        if header.inside_epoch and not _loaders(checkpoint):
             rank_zero_warn(
-                f"The checkpoint was written with `error_feedback={before!r}` and this run has {now!r}: the "
-                "residuals beside it, what the ranks had not sent yet, are left out. Resume with the same `error_feedback` "
-                "for an exact continuation."
+                f"`{os.path.basename(path)}` was saved inside of an epoch, by a run whose loader could not tell its place: the "
+                "epoch begins again with its first batch, so the continuation is not exact. Use `ResumableLoader` (or another "
+                "loader with `state_dict`, such as torchdata's `StatefulDataLoader`), or resume from the end of an epoch."
             )
-            return checkpoint
-        if header["world_size"] == strategy.world_size:
+        if header.world_size == strategy.world_size:
             return self._read_own(checkpoint, header)
-        self._read_all(header)
-        return checkpoint
+        return self._read_all(checkpoint, header)
 
-    def _read_own(self, checkpoint: Mapping[str, Any], header: Mapping[str, Any]) -> Mapping[str, Any]:
-        strategy = self._strategy
-        mine = self._read([strategy.global_rank], header, ("state", "random", "optimizers"))[0]
-        if mine is None:
+    def _read_own(self, checkpoint: dict[str, Any], header: Header) -> dict[str, Any]:
+        reasons: dict[int, str] = {}
+        content = self._checked(self._strategy.global_rank, header, reasons)
+        self._report(reasons, header)
+        self._found = content
+        if content is None or not content["loaders"]:
             return checkpoint
-        state, random, optimizers = mine
-        self._load(state, header)
-        restore_random_states(random)
-        return {**checkpoint, "optimizer_states": optimizers} if optimizers else checkpoint
+        return _with_loaders(checkpoint, content["loaders"])
 
-    def _read_all(self, header: Mapping[str, Any]) -> None:
-        strategy, world = self._strategy, int(header["world_size"])
+    def _read_all(self, checkpoint: dict[str, Any], header: Header) -> dict[str, Any]:
+        strategy, world = self._strategy, header.world_size
         assert self.path is not None
         merged = "residuals were merged so that their mean over ranks is kept, and " if strategy.uses_residuals else ""
+        again = " The epoch's batches are drawn anew." if header.inside_epoch else ""
         rank_zero_warn(
             f"`{os.path.basename(self.path)}.ranks` was written by {world} processes and this run has "
             f"{strategy.world_size}: {merged}every rank continues with rank 0's optimizer state and random numbers of its "
-            f"own. Resume with {world} devices for an exact continuation."
+            f"own.{again} Resume with {world} devices for an exact continuation."
         )
-        if strategy.uses_residuals:
-            states = self._read(range(world), header, ("state",))
-            self._load(merge_states([None if s is None else s[0] for s in states]), header)
+        if strategy.uses_residuals and _UNITS[header.error_feedback] == _UNITS[strategy.error_feedback]:
+            reasons: dict[int, str] = {}
+            lying = set().union(*saves_of(self.path).values())
+            ranks = (
+                range(world) if len(lying) * 2 >= world else sorted(lying & set(range(world)))
+            )  # not a million tries
+            reasons.update(dict.fromkeys(set(range(world)) - set(ranks), "it does not exist"))
 
-    def _load(self, state: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-        if self._strategy.update_sync is not None:
-            self._strategy.update_sync.load_state_dict(state)
-        if self._strategy.gradient_sync is not None:
-            self._strategy.gradient_sync.load_state_dict({**header["shared"], **state})
+            def states() -> Iterator[dict[str, Any]]:
+                for rank in ranks:
+                    content = self._checked(rank, header, reasons)
+                    if content is not None:
+                        yield content["state"]
 
-    def _read(self, ranks: Iterable[int], header: Mapping[str, Any], keys: Sequence[str]) -> list[list[Any] | None]:
-        """Return these parts of the ranks' sidecars, ``None`` for one that cannot be used."""
-        found: list[list[Any] | None] = []
-        reasons: dict[int, str] = {}
-        for rank in ranks:
-            try:
-                content = self._checked(rank, header)
-                found.append([content[key] for key in keys])
-            except Exception as error:  # a damaged file raises what it will
-                found.append(None)
-                missing = isinstance(error, FileNotFoundError)
-                reasons[rank] = "it does not exist" if missing else f"{type(error).__name__}: {error}".splitlines()[0]
+            state = merge_states(states(), world)
+            self._report(reasons, header)
+            self._found = {"state": state, "optimizers": [], "random": None}
+        return _with_loaders(checkpoint, [ResumableLoader.at_end(place) for place in _loaders(checkpoint)])
+
+    def _checked(self, rank: int, header: Header, reasons: dict[int, str]) -> dict[str, Any] | None:
+        """Return a rank's sidecar if all of it can be used, else note why not."""
+        assert self.path is not None
+        try:
+            content = read_sidecar(self.path, header.save_id, rank)
+            check_sidecar(content, header.save_id, rank)
+        except FileNotFoundError:
+            others = saves_of(self.path)
+            reasons[rank] = _FOREIGN if others and header.save_id not in others else "it does not exist"
+        except LookupError:
+            reasons[rank] = _FOREIGN
+        except Exception as error:  # a damaged file raises what it will
+            reasons[rank] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
+            return content
+        return None
+
+    def _report(self, reasons: dict[int, str], header: Header) -> None:
+        """Let all ranks know of files that cannot be used, and raise or warn."""
         everyones: list[dict[int, str]] = [{}] * self._strategy.world_size
         dist.all_gather_object(everyones, reasons)
-        self._report({rank: reason for theirs in everyones for rank, reason in theirs.items()})
-        return found
-
-    def _checked(self, rank: int, header: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.path is not None
-        content = read_sidecar(self.path, rank)
-        if content.get("save_id") != header["save_id"] or content.get("rank") != rank:
-            raise ValueError("it belongs to another save")
-        return content
-
-    def _report(self, reasons: Mapping[int, str]) -> None:
+        reasons = {rank: reason for theirs in everyones for rank, reason in theirs.items()}
         if not reasons:
             return
         assert self.path is not None
-        which = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(reasons.items()))
+        shown = dict(sorted(reasons.items())[:8])
+        which = "; ".join(f"rank {rank}: {reason}" for rank, reason in shown.items())
+        which += f"; and {len(reasons) - len(shown)} more" if len(reasons) > len(shown) else ""
         message = f"{len(reasons)} sidecars in `{os.path.basename(self.path)}.ranks` could not be used ({which})"
+        if _FOREIGN in reasons.values():
+            newest = newest_whole_checkpoint(os.path.dirname(self.path) or ".")
+            cure = (
+                f"Resume from `{newest}`, the newest whole checkpoint there"
+                if newest
+                else "No whole checkpoint is there"
+            )
+            raise SidecarError(f"{message}: the checkpoint and these files were not saved together. {cure}.")
         if self._strategy.strict_sidecars:
             raise SidecarError(
                 f"{message}. Restore the files, or pass `strict_sidecars=False` to start their residuals from zero."
@@ -201,9 +351,49 @@ class RankState:
             "continues from a valid state. Pass `strict_sidecars=True` to make this an error."
         )
 
+    # ---- restore ----------------------------------------------------------------------------------------------------
 
-def _moment(checkpoint: Mapping[str, Any]) -> str:
-    """When in the run a save happens, which all ranks know without talking."""
-    loops = checkpoint.get("loops", {}).get("fit_loop", {})
-    batches = loops.get("epoch_loop.batch_progress", {}).get("total", {}).get("completed", 0)
-    return f"{checkpoint.get('epoch')}-{checkpoint.get('global_step')}-{batches}"
+    def restore(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give this rank what was read; return the checkpoint with its own optimizers."""
+        header, found, strategy = self._header, self._found, self._strategy
+        self._found = None
+        sync = strategy.update_sync or strategy.gradient_sync
+        if header is None or sync is None:
+            rank_zero_info("The checkpoint was not written by `compressed_ddp`: residuals start from zero.")
+            return checkpoint
+        if strategy.gradient_sync is not None:
+            strategy.gradient_sync.load_state_dict(header.shared)
+        before, now = header.error_feedback, strategy.error_feedback
+        if before != "none" and _UNITS[before] != _UNITS[now]:
+            rank_zero_warn(
+                f"The checkpoint was written with `error_feedback={before!r}` and this run has {now!r}: the "
+                "residuals beside it, what the ranks had not sent yet, are left out. Resume with the same `error_feedback` "
+                "for an exact continuation."
+            )
+            return checkpoint
+        if found is None:
+            return checkpoint
+        if strategy.update_sync is not None:
+            strategy.update_sync.load_state_dict(found["state"])
+        if strategy.gradient_sync is not None:
+            strategy.gradient_sync.load_state_dict({**header.shared, **found["state"]})
+        if found["random"] is not None:
+            restore_random_states(found["random"])
+        return {**checkpoint, "optimizer_states": found["optimizers"]} if found["optimizers"] else checkpoint
+
+
+def _loaders(checkpoint: Mapping[str, Any]) -> list[Any]:
+    """Return the places of this rank's loaders in a checkpoint; the list itself, if there is one."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+    found = loop.get("combined_loader", [])
+    return found if isinstance(found, list) else []
+
+
+def _with_loaders(checkpoint: dict[str, Any], places: list[Any]) -> dict[str, Any]:
+    """Return a checkpoint with these places, if it has any."""
+    if not _loaders(checkpoint):
+        return checkpoint
+    loops = checkpoint["loops"]
+    loop = loops["fit_loop"]
+    state = {**loop["state_dict"], "combined_loader": places}
+    return {**checkpoint, "loops": {**loops, "fit_loop": {**loop, "state_dict": state}}}

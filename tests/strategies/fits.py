@@ -55,6 +55,12 @@ def fit(module: pl.LightningModule, strategy: Any, steps: int = 10, ckpt_path: A
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def sidecar(checkpoint: Path, rank: int) -> Path:
+    """Return the file of a rank beside a checkpoint that was saved once."""
+    (save,) = Path(f"{checkpoint}.ranks").iterdir()
+    return save / f"{rank}.pt"
+
+
 def distance(a: State, b: State) -> float:
     """Return the largest difference between two states with the same names."""
     assert a.keys() == b.keys()

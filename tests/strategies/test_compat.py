@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import ast
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_distopt
+from lightning_distopt import CompressedDDPStrategy
+from lightning_distopt.exchange.notes import shared_store
 from lightning_distopt.strategies import compat
+from lightning_distopt.strategies.launchers import PatientProcesses, PatientScripts
+from tests.ranks import run_ranks
 from tests.strategies.fits import At, compressed, fit, trainer
 from tests.strategies.models import Net
 
@@ -52,7 +60,7 @@ def private_accesses() -> dict[str, str]:
 def test_the_table_is_complete_and_has_no_more_than_that() -> None:
     touched = private_accesses()
     listed = {part for name in LISTED for part in name.split(".") if part.startswith("_") and not part[1].isupper()}
-    tests_only = {"_get_ddp_logging_data", "_ddp_kwargs", "_timeout", "_start_method"}
+    tests_only = {"_get_ddp_logging_data", "_ddp_kwargs"}
     assert set(touched) == listed - tests_only, touched
 
 
@@ -135,8 +143,49 @@ def test_norms_of_all_parameters_in_one_call() -> None:
 
 
 def test_what_our_tests_look_at() -> None:
-    """``DDPStrategy._ddp_kwargs``, ``DDPStrategy._timeout`` and ``_MultiProcessingLauncher._start_method``."""
+    """``DDPStrategy._ddp_kwargs``."""
     strategy = compressed(find_unused_parameters=True)
     assert strategy._ddp_kwargs == {"find_unused_parameters": True}
-    assert strategy._timeout == DDPStrategy()._timeout
-    assert trainer(strategy).strategy.launcher._start_method == "fork"
+
+
+def test_our_launchers_stand_in_for_lightnings() -> None:
+    """``DDPStrategy._configure_launcher``, ``DDPStrategy._launcher``, ``DDPStrategy._start_method`` and
+    ``_SubprocessScriptLauncher._call_children_scripts``.
+    """
+    for start_method, ours, theirs in (
+        ("fork", PatientProcesses, _MultiProcessingLauncher),
+        ("spawn", PatientProcesses, _MultiProcessingLauncher),
+        ("popen", PatientScripts, _SubprocessScriptLauncher),
+    ):
+        strategy = trainer(CompressedDDPStrategy(start_method=start_method)).strategy
+        assert type(strategy.launcher) is ours
+        assert type(trainer(DDPStrategy(start_method=start_method)).strategy.launcher) is theirs
+        assert (strategy._start_method, strategy._launcher) == (start_method, strategy.launcher)
+        assert getattr(strategy.launcher, "_start_method", start_method) == start_method
+    assert callable(_SubprocessScriptLauncher._call_children_scripts)
+
+
+def test_how_long_a_rank_is_waited_for() -> None:
+    """``DDPStrategy._timeout``."""
+    assert compressed(timeout=timedelta(seconds=7)).patience == 7.0
+    assert compressed().patience == DDPStrategy()._timeout.total_seconds()
+
+
+def test_the_store_of_the_process_group_takes_notes() -> None:
+    """``distributed_c10d._get_default_store``."""
+
+    def note(rank: int, world: int) -> bytes:
+        store = shared_store(compat.default_store(), "test")
+        if rank == 0:
+            store.set("key", "value")
+        dist.barrier()
+        return store.get("key")
+
+    assert run_ranks(2, note) == [b"value"] * 2
+
+
+def test_batches_are_skipped_without_being_read() -> None:
+    """``_BaseDataLoaderIter._next_index``."""
+    iterator = iter(DataLoader(TensorDataset(torch.arange(6)), batch_size=2))
+    compat.skip_batches(iterator, 2)
+    assert [batch.tolist() for (batch,) in iterator] == [[4, 5]]

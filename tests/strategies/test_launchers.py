@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_distopt import CompressedDDPStrategy
-from tests.strategies.fits import Agree, compressed, distance, fit, trainer
+from tests.strategies.fits import Agree, compressed, distance, fit, sidecar, trainer
 from tests.strategies.models import Net
 
 PROJECT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_a_script_starts_itself_on_every_device(tmp_path: Path) -> None:
     assert done.stdout.count("Communication of rank 0 (CompressedDDPStrategy, 3 steps)") == 1
     # saved after the fit, with the residuals of both ranks
     for rank in (0, 1):
-        saved = torch.load(tmp_path / "after.ckpt.ranks" / f"{rank}.pt", weights_only=True)
+        saved = torch.load(sidecar(tmp_path / "after.ckpt", rank), weights_only=True)
         assert any(bool(residual.any()) for residual in saved["state"]["residuals"].values())
 
 

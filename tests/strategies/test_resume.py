@@ -17,7 +17,19 @@ from torch import Tensor
 
 from lightning_distopt import CompressedDDPStrategy
 from tests.ranks import run_ranks
-from tests.strategies.fits import Agree, At, State, compressed, distance, fit, gathered, trainer, warnings_to
+from tests.strategies.everything import Everything, assert_all_same
+from tests.strategies.fits import (
+    Agree,
+    At,
+    State,
+    compressed,
+    distance,
+    fit,
+    gathered,
+    sidecar,
+    trainer,
+    warnings_to,
+)
 from tests.strategies.models import BATCH, Net, data
 from tests.strategies.test_manual_optimization import Gan
 
@@ -37,40 +49,6 @@ def epochs(module: Any, strategy: Any, number: int, ckpt_path: Any = None, **arg
 
 
 # --- the same number of ranks ---------------------------------------------------------------------------------------
-
-
-class Everything(Callback):
-    """Keeps the whole state of each rank at the end of the fit in a folder, to compare two fits."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        sync = trainer.strategy.update_sync or trainer.strategy.gradient_sync
-        state = {
-            "engine": sync.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-            "model": pl_module.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
-
-
-def assert_same(a: Any, b: Any, where: str = "state") -> None:
-    assert type(a) is type(b), where
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}/{i}")
-    else:
-        assert a == b, where
 
 
 @pytest.mark.parametrize(
@@ -98,9 +76,7 @@ def test_resuming_is_exact(tmp_path: Path, arguments: Any, net: Any, loop: Any) 
         Net(**net), strategy, 2, tmp_path / "epoch=0.ckpt", callbacks=[Everything(tmp_path / "resumed")], **loop
     )
     assert distance(whole, resumed) == 0
-    for rank in (0, 1):
-        a, b = (torch.load(tmp_path / run / f"{rank}.pt") for run in ("whole", "resumed"))
-        assert_same(a, b)
+    assert_all_same(tmp_path / "whole", tmp_path / "resumed", 2)
 
 
 def test_resuming_several_optimizers_is_exact(tmp_path: Path) -> None:
@@ -225,7 +201,7 @@ def test_on_another_number_of_ranks_the_mean_of_the_residuals_is_kept(
     tmp_path: Path, devices: int, arguments: Any
 ) -> None:
     epochs(Net(), compressed(**arguments), 1, **saving(tmp_path))
-    saved = [torch.load(tmp_path / "epoch=0.ckpt.ranks" / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    saved = [torch.load(sidecar(tmp_path / "epoch=0.ckpt", rank), weights_only=True) for rank in (0, 1)]
     residuals = [content["state"]["residuals"] for content in saved]
     mean = {name: (residuals[0][name] + residuals[1][name]) / 2 for name in residuals[0]}
 
@@ -296,7 +272,7 @@ def test_a_rank_that_lost_its_residuals_goes_on_with_the_others(tmp_path: Path) 
     """Counters, learning rates and PowerSGD's warm starts are in the checkpoint itself."""
     arguments = {"compressor": "powersgd:1", "error_feedback": "gradient"}
     epochs(Net(), compressed(**arguments), 1, **saving(tmp_path))
-    (tmp_path / "epoch=0.ckpt.ranks" / "1.pt").unlink()
+    sidecar(tmp_path / "epoch=0.ckpt", 1).unlink()
     with warnings_to(tmp_path / "warnings"):
         epochs(Net(), compressed(**arguments), 2, tmp_path / "epoch=0.ckpt", callbacks=[Agree()])
     assert "(rank 1: it does not exist)" in (tmp_path / "warnings").read_text()
@@ -371,11 +347,6 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-def foreign(file: Path) -> None:
-    content = torch.load(file, weights_only=True)
-    torch.save({**content, "save_id": "1-0-5-5"}, file)
-
-
 def another_ranks(file: Path) -> None:
     shutil.copy(file.with_name("0.pt"), file)
 
@@ -393,8 +364,7 @@ DAMAGES = {
     missing: "it does not exist",
     truncated: "Error",
     empty: "EOFError",
-    foreign: "it belongs to another save",
-    another_ranks: "it belongs to another save",
+    another_ranks: "it is that of rank 0",
     a_list: "must hold a dictionary: got list",
     malicious: "UnpicklingError",
 }
@@ -414,7 +384,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_sidecar_that_cannot_be_used(saved: Path, tmp_path: Path, damage: Any, strict: bool) -> None:
     shutil.copytree(saved, tmp_path / "saved")
-    file = tmp_path / "saved" / "epoch=0.ckpt.ranks" / "1.pt"
+    file = sidecar(tmp_path / "saved" / "epoch=0.ckpt", 1)
     damage(file)
     started = tmp_path / "started"
 
@@ -447,7 +417,7 @@ def test_a_sidecar_that_cannot_be_used(saved: Path, tmp_path: Path, damage: Any,
 
 def test_a_lost_sidecar_costs_its_own_residual_only(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "saved")
-    (tmp_path / "saved" / "epoch=0.ckpt.ranks" / "1.pt").unlink()
+    sidecar(tmp_path / "saved" / "epoch=0.ckpt", 1).unlink()
 
     class Checked(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -461,7 +431,7 @@ def test_a_lost_sidecar_costs_its_own_residual_only(saved: Path, tmp_path: Path)
 
 
 def test_sidecars_load_with_weights_only_and_hold_what_differs(saved: Path) -> None:
-    contents = [torch.load(saved / "epoch=0.ckpt.ranks" / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    contents = [torch.load(sidecar(saved / "epoch=0.ckpt", rank), weights_only=True) for rank in (0, 1)]
     assert [content["rank"] for content in contents] == [0, 1]
     assert contents[0]["optimizers"] == []  # in the checkpoint itself
     assert contents[1]["optimizers"][0]["state"][0]["momentum_buffer"].shape == (8, 6)
@@ -480,7 +450,7 @@ def test_a_weights_only_checkpoint_has_no_sidecars(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_half_written(saved: Path) -> None:
-    assert sorted(path.name for path in (saved / "epoch=0.ckpt.ranks").iterdir()) == ["0.pt", "1.pt"]
+    assert sorted(path.name for path in sidecar(saved / "epoch=0.ckpt", 0).parent.iterdir()) == ["0.pt", "1.pt"]
 
 
 def test_the_random_states_of_python_and_numpy_are_restored(tmp_path: Path) -> None:

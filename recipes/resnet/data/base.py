@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_distopt import ResumableLoader
 from recipes.resnet.data.in_memory import InMemoryImages, keep_batch
 
 
@@ -46,30 +47,35 @@ class ImageData(LightningDataModule):
             self.train_set, self.eval_set = self.load()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches; under several processes Lightning gives each process its own share."""
-        return self._loader(self.train_set, shuffle=True)
+        """Shuffled batches, whose order a resumed run takes up again; Lightning gives each process its own share."""
+        dataset = self._checked(self.train_set)
+        return ResumableLoader(dataset, shuffle=True, **self._settings(dataset))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the evaluation set, in order."""
-        return self._loader(self.eval_set, shuffle=False)
+        return self._loader(self.eval_set)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of the evaluation set, in order."""
-        return self._loader(self.eval_set, shuffle=False)
+        return self._loader(self.eval_set)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of the evaluation set, in order."""
-        return self._loader(self.eval_set, shuffle=False)
+        return self._loader(self.eval_set)
 
-    def _loader(self, dataset: Dataset[Any] | None, shuffle: bool) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any] | None) -> DataLoader[Any]:
+        dataset = self._checked(dataset)
+        return DataLoader(dataset, persistent_workers=self.num_workers > 0, **self._settings(dataset))
+
+    def _checked(self, dataset: Dataset[Any] | None) -> Dataset[Any]:
         if dataset is None:
             raise RuntimeError(f"`{type(self).__name__}.setup` must run before its loaders are asked for.")
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=keep_batch if isinstance(dataset, InMemoryImages) else None,
-        )
+        return dataset
+
+    def _settings(self, dataset: Dataset[Any]) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": keep_batch if isinstance(dataset, InMemoryImages) else None,
+        }

@@ -1,0 +1,103 @@
+"""What a rank tells the others of itself while it trains, and how it ends when they cannot go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from lightning_distopt.errors import DistoptError, ExchangeError
+from lightning_distopt.exchange import network_failures, roll_call
+from lightning_distopt.strategies.compat import default_store
+
+if TYPE_CHECKING:
+    from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+
+__all__ = ["Watch"]
+
+
+class Watch:
+    """Keeps the roll-call of one strategy object, and knows when a step was torn.
+
+    Attributes:
+        torn: an exchange failed in the middle of a step, so ranks may hold different models: nothing is saved any more.
+    """
+
+    def __init__(self, strategy: CompressedDDPStrategy) -> None:
+        self._strategy = strategy
+        self._roll_call: roll_call.RollCall | None = None
+        self._theirs: Any = None
+        self._pending: tuple[int, Any] | None = None  # a signal that came in the middle of a collective
+        self.torn = False
+
+    def begin(self) -> None:
+        """Begin to beat, in a fit of several ranks."""
+        self.end()
+        self.torn, self._pending = False, None
+        strategy = self._strategy
+        if strategy.world_size > 1 and dist.is_initialized():
+            # Under torchrun an agent keeps the store, which outlives the ranks; else rank 0 does.
+            keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+            self._roll_call = roll_call.RollCall(default_store(), strategy.global_rank, strategy.world_size, keeper)
+            self._roll_call.start()
+            roll_call.use(self._roll_call)
+
+    def end(self) -> None:
+        """Beat no more."""
+        if self._roll_call is not None:
+            roll_call.use(None)
+            self._roll_call.stop()
+            self._roll_call = None
+        if self._theirs is not None and threading.current_thread() is threading.main_thread():
+            if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+                signal.signal(signal.SIGTERM, self._theirs)
+            self._theirs = None
+
+    @contextmanager
+    def step(self, number: int, doing: str) -> Iterator[None]:
+        """Say where this rank is, remember that an exchange failed, and leave last words for an error of the user's."""
+        roll_call.now_at(number, doing)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._on_sigterm(*pending)
+        try:
+            yield
+        except ExchangeError:
+            self.torn = True
+            raise
+        except DistoptError:
+            raise
+        except Exception as error:
+            roll_call.leave_last_words(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            raise
+
+    def guard_signals(self) -> None:
+        """Let SIGTERM not disturb a rank that is finding out why a collective failed.
+
+        A launcher that sees a rank fail sends SIGTERM to the others, and Lightning's handler, which is there when training
+        starts, broadcasts: over the network that has just failed.
+        """
+        if self._roll_call is None or threading.current_thread() is not threading.main_thread():
+            return
+        theirs = signal.getsignal(signal.SIGTERM)
+        if callable(theirs):
+            self._theirs = theirs
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        strategy = self._strategy
+        if self.torn or strategy.is_ending or roll_call.is_calling():
+            return  # it ends anyway, and has something to say before
+        if roll_call.waits():  # the collective that it is in knows better what has failed, if something has
+            self._pending = (number, frame)
+            return
+        with (
+            self.step(strategy.round, "SIGTERM"),
+            network_failures(strategy.global_rank, strategy.round, doing="stop together"),
+        ):
+            self._theirs(number, frame)

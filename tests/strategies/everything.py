@@ -1,0 +1,61 @@
+"""The whole state of a rank, and whether two of them are the same bits."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+class Everything(Callback):
+    """Keeps the whole state of each rank at the end of the fit in a folder, to compare two fits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        torch.save(everything(trainer, pl_module), self.folder / f"{trainer.global_rank}.pt")
+
+
+def everything(trainer: Trainer, module: Any) -> dict[str, Any]:
+    """Return what decides how this rank goes on."""
+    sync = trainer.strategy.update_sync or trainer.strategy.gradient_sync
+    return {
+        "engine": sync.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "model": module.state_dict(),
+        "step": (trainer.global_step, trainer.current_epoch),
+        "random": (torch.get_rng_state(), random.random(), float(numpy.random.rand())),
+    }
+
+
+def assert_same(a: Any, b: Any, where: str = "state") -> None:
+    """Compare bit for bit, and say where two states differ."""
+    assert type(a) is type(b), where
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_all_same(one: Path, other: Path, ranks: int) -> None:
+    """Compare the states that two fits left in two folders."""
+    for rank in range(ranks):
+        a, b = (torch.load(folder / f"{rank}.pt", weights_only=False) for folder in (one, other))
+        assert_same(a, b, f"rank {rank}")
