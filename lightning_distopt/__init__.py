@@ -5,7 +5,7 @@
 
 from importlib.metadata import version
 
-from lightning_distopt import callbacks, compressors, data_parallel
+from lightning_distopt import callbacks, compressors, data_parallel, optimizers
 from lightning_distopt.resumable_loader import ResumableLoader
 from lightning_distopt.strategies import (
     AutoCompressedDDPStrategy,
@@ -25,6 +25,7 @@ __all__ = [
     "data_parallel",
     "list_strategies",
     "newest_whole_checkpoint",
+    "optimizers",
     "register",
 ]
 

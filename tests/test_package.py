@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import lightning_distopt
-from lightning_distopt import CompressedDDPStrategy, callbacks, compressors, list_strategies
+from lightning_distopt import CompressedDDPStrategy, callbacks, compressors, list_strategies, optimizers
 from lightning_distopt.compressors import Compressor, Dense, Payload, RandomBlock, ScaledSign, TopK, parse
 
 PROJECT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def test_importing_loads_no_heavy_module(said: list[str]) -> None:
 
 
 def test_every_public_name_exists() -> None:
-    for module in (lightning_distopt, compressors, callbacks):
+    for module in (lightning_distopt, compressors, callbacks, optimizers):
         for name in module.__all__:
             assert hasattr(module, name)
             assert getattr(module, name).__doc__

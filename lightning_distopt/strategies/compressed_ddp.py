@@ -33,6 +33,7 @@ from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.error_feedback import refuse_unless_contractive
 from lightning_distopt.errors import CheckpointError
 from lightning_distopt.exchange import Meter, network_failures, roll_call
+from lightning_distopt.optimizers import RSGD
 from lightning_distopt.strategies.checks import choice, count, ddp_arguments, flag, positive
 from lightning_distopt.strategies.combinations import (
     ErrorFeedback,
@@ -297,6 +298,12 @@ class CompressedDDPStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
+            if self.sends_updates and isinstance(optimizer, RSGD):
+                raise MisconfigurationException(
+                    f"`error_feedback={self.error_feedback!r}` does not go with RSGD: its second point follows the local steps, "
+                    "and would be another one on each rank. Use "
+                    "`error_feedback='gradient'` or `'none'`, where all ranks step alike."
+                )
             if self.sends_updates and hasattr(optimizer, "consolidate_state_dict"):
                 raise MisconfigurationException(
                     f"`error_feedback={self.error_feedback!r}` does not go with {type(optimizer).__name__}: each rank must step "
