@@ -10,6 +10,7 @@ from lightning_distopt.resumable_loader import ResumableLoader
 from lightning_distopt.strategies import (
     AutoCompressedDDPStrategy,
     CompressedDDPStrategy,
+    ZeroOrderDDPStrategy,
     list_strategies,
     newest_whole_checkpoint,
     register,
@@ -20,6 +21,7 @@ __all__ = [
     "AutoCompressedDDPStrategy",
     "CompressedDDPStrategy",
     "ResumableLoader",
+    "ZeroOrderDDPStrategy",
     "callbacks",
     "compressors",
     "data_parallel",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "DistoptError",
     "ExchangeError",
+    "NonDeterministicError",
     "NonFiniteError",
     "PayloadError",
+    "QueryError",
+    "QueryShapeError",
     "RankMismatchError",
     "SidecarError",
 ]
@@ -27,6 +31,22 @@ class CheckpointError(DistoptError):
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message, path)
         self.path = path
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class BudgetError(DistoptError, ValueError):
+    """The queries that are left do not suffice for the next step; nothing was asked, the last iterate is in place.
+
+    Attributes:
+        needed: queries of the next step.
+        left: queries that may still be asked.
+    """
+
+    def __init__(self, message: str, needed: int = 0, left: int = 0) -> None:
+        super().__init__(message, needed, left)
+        self.needed, self.left = needed, left
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -69,6 +89,18 @@ class NonFiniteError(DistoptError, ValueError):
 
 class PayloadError(DistoptError, ValueError):
     """Bytes from elsewhere are not a payload: damaged, cut off, too long, of another version, or of another tensor."""
+
+
+class QueryError(DistoptError):
+    """A black box did not answer, or its answer cannot be used."""
+
+
+class NonDeterministicError(QueryError):
+    """The same query gave two answers, so that a difference of answers says nothing of the parameters."""
+
+
+class QueryShapeError(QueryError, ValueError):
+    """A query did not return one value a sample."""
 
 
 class RankMismatchError(DistoptError):

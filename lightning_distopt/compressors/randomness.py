@@ -7,12 +7,13 @@ share a key draw alike. Not for cryptography.
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import torch
 from torch import Tensor
 
-__all__ = ["derive_key", "fresh_key", "hash64", "uniform"]
+__all__ = ["derive_key", "fresh_key", "hash64", "hashes", "normals", "uniform"]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -66,7 +67,34 @@ def uniform(key: int, numel: int, device: torch.device | str = "cpu", start: int
     Element ``i`` has ``(hash64(key, i) >> 40) / 2**24``.
     """
     z = torch.arange(start + 1, start + numel + 1, device=device) * _signed(_GOLDEN) + _signed(key)
+    return _shift_right(_mixed(z), 40).to(torch.float32) * 2.0**-24
+
+
+def hashes(keys: Tensor, counters: Tensor) -> Tensor:
+    """Return :func:`hash64` of keys and counters, broadcast, as int64 (the same 64 bits, two's complement)."""
+    return _mixed((counters + 1) * _signed(_GOLDEN) + keys)
+
+
+def normals(keys: Tensor, start: int, stop: int) -> Tensor:
+    """Return float32 draws of N(0, 1), one row a key, for elements ``start`` to ``stop``; shape ``(len(keys), stop - start)``.
+
+    Box and Muller's formula on two times 24 bits of :func:`hash64`, so every element can be drawn by itself, and an
+    element is the same however it is asked for. (Logarithm and cosine may differ in the last bit between kinds of device.)
+
+    Args:
+        keys: int64, shape ``(K,)``.
+        start: first element.
+        stop: after the last one.
+    """
+    counters = torch.arange(start + 1, stop + 1, device=keys.device) * _signed(_GOLDEN)
+    z = _mixed(counters + keys[:, None])
+    radius = (_shift_right(z, 40) + 1).to(torch.float32).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    angle = ((z >> 16) & 0xFFFFFF).to(torch.float32).mul_(2 * math.pi * 2.0**-24)
+    return radius.mul_(angle.cos_())
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser."""
     z = (z ^ _shift_right(z, 30)) * _signed(_MIX1)
     z = (z ^ _shift_right(z, 27)) * _signed(_MIX2)
-    z = z ^ _shift_right(z, 31)
-    return _shift_right(z, 40).to(torch.float32) * 2.0**-24
+    return z ^ _shift_right(z, 31)

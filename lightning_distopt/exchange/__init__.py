@@ -8,6 +8,7 @@ from lightning_distopt.exchange.failure import network_failures
 from lightning_distopt.exchange.majority_vote import MajorityVote
 from lightning_distopt.exchange.meter import Meter
 from lightning_distopt.exchange.power_sgd import PowerSGDMean
+from lightning_distopt.exchange.scalars import ScalarGather
 from lightning_distopt.exchange.sharded_server import ServerResidual, ShardedServerExchange
 from lightning_distopt.exchange.tensor_mean import TensorMean
 
@@ -20,6 +21,7 @@ __all__ = [
     "Means",
     "Meter",
     "PowerSGDMean",
+    "ScalarGather",
     "ServerResidual",
     "ShardedServerExchange",
     "Steps",

@@ -4,11 +4,13 @@ from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_distopt.strategies.registry import StrategyRecord, list_strategies, register
 from lightning_distopt.strategies.whole import newest_whole_checkpoint
+from lightning_distopt.strategies.zo_ddp import ZeroOrderDDPStrategy
 
 __all__ = [
     "AutoCompressedDDPStrategy",
     "CompressedDDPStrategy",
     "StrategyRecord",
+    "ZeroOrderDDPStrategy",
     "list_strategies",
     "newest_whole_checkpoint",
     "register",

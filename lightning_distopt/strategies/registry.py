@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_distopt.strategies.zo_ddp import ZeroOrderDDPStrategy
 
 __all__ = ["StrategyRecord", "StrategyTable", "list_strategies", "register"]
 
@@ -28,7 +29,7 @@ class StrategyRecord:
     name: str
     paper: str
     description: str
-    strategy: type[CompressedDDPStrategy]
+    strategy: type[DDPStrategy]
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +84,12 @@ _METHODS = (
         "none",
         "DDP that measures, and takes a compressor if it pays, else 16 bit",
         AutoCompressedDDPStrategy,
+    ),
+    StrategyRecord(
+        "zo_ddp",
+        "arXiv:1902.06158",
+        "zeroth-order DDP: ranks divide the queries and send scalars",
+        ZeroOrderDDPStrategy,
     ),
 )
 _LAUNCHERS = {

@@ -10,7 +10,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 import lightning_distopt
-from lightning_distopt import AutoCompressedDDPStrategy, CompressedDDPStrategy, list_strategies, register
+from lightning_distopt import (
+    AutoCompressedDDPStrategy,
+    CompressedDDPStrategy,
+    ZeroOrderDDPStrategy,
+    list_strategies,
+    register,
+)
 
 METHODS: dict[str, dict[str, str]] = {
     "compressed_ddp": {},
@@ -21,6 +27,7 @@ METHODS: dict[str, dict[str, str]] = {
     "compressed_ddp_orq": {"compressor": "orq:5", "error_feedback": "none"},
     "compressed_ddp_bf16": {"compressor": "bf16", "error_feedback": "none"},
     "compressed_ddp_auto": {},
+    "zo_ddp": {},
 }
 STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 NAMES = {method + suffix: (start, METHODS[method]) for method in METHODS for suffix, start in STARTS.items()}
@@ -30,12 +37,13 @@ QUIET = {"accelerator": "cpu", "devices": 2, "logger": False}
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_gives_the_class_and_its_launcher(name: str) -> None:
     start_method, arguments = NAMES[name]
+    classes = {"zo_": ZeroOrderDDPStrategy, "compressed_ddp_auto": AutoCompressedDDPStrategy}
+    expected = next((made for start, made in classes.items() if name.startswith(start)), CompressedDDPStrategy)
     entry = StrategyRegistry[name]
-    made = AutoCompressedDDPStrategy if "_auto" in name else CompressedDDPStrategy
-    assert entry["strategy"] is made
+    assert entry["strategy"] is expected
     assert entry["init_params"] == {**arguments, "start_method": start_method}
     strategy = Trainer(strategy=name, **QUIET).strategy
-    assert type(strategy) is made
+    assert type(strategy) is expected
     assert isinstance(strategy, DDPStrategy)
     launcher = strategy.launcher
     assert getattr(launcher, "_start_method", "popen") == start_method
