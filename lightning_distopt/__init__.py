@@ -5,11 +5,15 @@
 
 from importlib.metadata import version
 
-from lightning_distopt import callbacks, compressors, data_parallel, optimizers
+from lightning_distopt import callbacks, compressors, data_parallel, model_parallel, optimizers
+from lightning_distopt.model_parallel.layered import LayeredModule
 from lightning_distopt.resumable_loader import ResumableLoader
 from lightning_distopt.strategies import (
     AutoCompressedDDPStrategy,
     CompressedDDPStrategy,
+    DSPStrategy,
+    PipelineStrategy,
+    StalePipelineStrategy,
     ZeroOrderDDPStrategy,
     list_strategies,
     newest_whole_checkpoint,
@@ -20,12 +24,17 @@ __version__ = version("lightning-distopt")
 __all__ = [
     "AutoCompressedDDPStrategy",
     "CompressedDDPStrategy",
+    "DSPStrategy",
+    "LayeredModule",
+    "PipelineStrategy",
     "ResumableLoader",
+    "StalePipelineStrategy",
     "ZeroOrderDDPStrategy",
     "callbacks",
     "compressors",
     "data_parallel",
     "list_strategies",
+    "model_parallel",
     "newest_whole_checkpoint",
     "optimizers",
     "register",

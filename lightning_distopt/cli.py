@@ -72,6 +72,13 @@ def advise(args: Sequence[str]) -> int:
         return 2
 
 
+def timeline(args: Sequence[str]) -> int:
+    """Draw a staleness plan; see :mod:`lightning_distopt.model_parallel.command`."""
+    from lightning_distopt.model_parallel.command import run
+
+    return run(args)
+
+
 LIGHTNING_COMMANDS: dict[str, str] = {
     "fit": "train a model, validating as the trainer's settings say",
     "validate": "one pass over the validation data",
@@ -82,6 +89,7 @@ LIGHTNING_COMMANDS: dict[str, str] = {
 COMMANDS: dict[str, Command] = {
     "advise": Command(advise, "predict the step time of every compressor, on this network or on an imagined one"),
     "strategies": Command(strategies, "list every strategy that importing this package registers"),
+    "timeline": Command(timeline, "draw which stage of a pipeline works on which batch when, and what that costs"),
 }
 
 EXAMPLES = """\
@@ -91,6 +99,7 @@ examples:
   distopt fit --config a.yaml --config b.yaml --print_config    (b overrides a; print instead of running)
   distopt fit --help                                            (every setting of the trainer)
   distopt fit --trainer.strategy.help=lightning_distopt.CompressedDDPStrategy
+  distopt timeline --plan dsp --stages 3
 """
 
 

@@ -10,6 +10,7 @@ __all__ = [
     "NonDeterministicError",
     "NonFiniteError",
     "PayloadError",
+    "PipelineError",
     "QueryError",
     "QueryShapeError",
     "RankMismatchError",
@@ -101,6 +102,25 @@ class NonDeterministicError(QueryError):
 
 class QueryShapeError(QueryError, ValueError):
     """A query did not return one value a sample."""
+
+
+class PipelineError(DistoptError):
+    """A stage could not hand a batch to its neighbour or take one from it: it is gone, too slow, or sent something else.
+
+    Attributes:
+        stage: the stage that raises it.
+        peer: rank of the neighbour.
+        batch: the batch that was waited for or sent.
+    """
+
+    def __init__(self, message: str, stage: int = 0, peer: int = 0, batch: int = 0) -> None:
+        super().__init__(message, stage, peer, batch)  # all of them, so that a pickled error arrives whole
+        self.stage = stage
+        self.peer = peer
+        self.batch = batch
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class RankMismatchError(DistoptError):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_distopt
-from lightning_distopt import CompressedDDPStrategy, errors
+from lightning_distopt import CompressedDDPStrategy, DSPStrategy, PipelineStrategy, StalePipelineStrategy, errors
 from lightning_distopt.compressors.text import KNOWN
 
 PROJECT = Path(__file__).parents[1]
@@ -60,10 +60,13 @@ def test_the_readme_quotes_the_error_of_a_forgotten_import() -> None:
     assert error.split(" Example")[0] in " ".join((PROJECT / "README.md").read_text().split())
 
 
-def test_every_argument_of_the_strategy_is_explained() -> None:
-    text = inspect.getdoc(CompressedDDPStrategy) or ""
-    for name in inspect.signature(CompressedDDPStrategy.__init__).parameters:
-        assert name in ("self", "ddp_kwargs") or re.search(rf"^ +{name}: ", text, re.MULTILINE), name
+@pytest.mark.parametrize("strategy", [CompressedDDPStrategy, DSPStrategy, PipelineStrategy, StalePipelineStrategy])
+def test_every_argument_of_a_strategy_is_explained(strategy: type) -> None:
+    text = inspect.getdoc(strategy) or ""
+    for name in inspect.signature(strategy.__init__).parameters:
+        assert name in ("self", "ddp_kwargs", "process_group", "options") or re.search(
+            rf"^ +{name}: ", text, re.MULTILINE
+        ), name
 
 
 def test_the_troubleshooting_page_knows_every_error() -> None:

@@ -100,6 +100,10 @@ class Meter:
         """Count a broadcast from rank 0 down a binomial tree; other trees and rings send as much in all."""
         self._add(purpose, nbytes * _children(rank, world), nbytes if rank else 0)
 
+    def message(self, purpose: str, *, sent: int = 0, received: int = 0) -> None:
+        """Count what goes from one rank to one other."""
+        self._add(purpose, sent, received)
+
     def _add(self, purpose: str, sent: int, received: int) -> None:
         self.sent[purpose] += sent
         self.received[purpose] += received

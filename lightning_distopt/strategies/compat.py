@@ -1,34 +1,58 @@
 """Every private name of Lightning and torch that this package touches; ``tests/strategies/test_compat.py`` tests each.
 
-====================================================  ==================================================================
-name                                                  use
-====================================================  ==================================================================
-``DDPStrategy._register_ddp_hooks``                   overridden: Lightning attaches hooks on CUDA only (2.6.6)
-``DDPStrategy._configure_launcher``                   overridden: our launchers let survivors of a failure speak
-``DDPStrategy._launcher``                             written by it
-``DDPStrategy._start_method``                         read by it
-``DDPStrategy._timeout``                              read: how long a rank waits for the others' notes
-``Strategy._precision_plugin``                        written by our ``precision_plugin`` setter, as FSDPStrategy does
-``_SubprocessScriptLauncher._call_children_scripts``  called by our launcher, which watches the children another way
-``Trainer._logger_connector.should_update_logs``      read: whether loggers write now, as Lightning's monitors do
-``Trainer.fit_loop._skip_backward``                   read: the pass for BatchNorm of StochasticWeightAveraging
-``distributed_c10d._get_default_store``               the store of the process group, for notes between ranks
-``_BaseDataLoaderIter._next_index``                   the next batch's indices, to skip it without reading it
-``torch._foreach_norm``                               the norms of all parameters in one call, as in torch.nn.utils
-``DistributedDataParallel._get_ddp_logging_data``     tests only: the name of the attached hook
-``DDPStrategy._ddp_kwargs``                           tests only: what reached DistributedDataParallel
-====================================================  ==================================================================
+=============================================================  ==============================================================
+name                                                           use
+=============================================================  ==============================================================
+``DDPStrategy._register_ddp_hooks``                            overridden: Lightning attaches hooks on CUDA only (2.6.6)
+``DDPStrategy._configure_launcher``                            overridden: our launchers let survivors of a failure speak
+``DDPStrategy._start_method``                                  read by it
+``DDPStrategy._timeout``                                       read: how long a rank waits for the others' notes
+``Strategy._precision_plugin``                                 written by our ``precision_plugin`` setter, as FSDP's
+``_SubprocessScriptLauncher._call_children_scripts``           called by our launcher, which watches the children another way
+``Trainer._logger_connector.should_update_logs``               read: whether loggers write now, as Lightning's monitors do
+``Trainer.fit_loop._skip_backward``                            read: the pass for BatchNorm of StochasticWeightAveraging
+``distributed_c10d._get_default_store``                        the store of the process group, for notes between ranks
+``_BaseDataLoaderIter._next_index``                            the next batch's indices, to skip it without reading it
+``torch._foreach_norm``                                        the norms of all parameters in one call, as in torch.nn.utils
+``Strategy._launcher``                                         written by it, and by pipelines
+``ParallelStrategy._layer_sync``                               read: whether `sync_batchnorm` was asked for, to refuse it
+``launchers._MultiProcessingLauncher``                         processes by fork, spawn or forkserver
+``launchers._SubprocessScriptLauncher``                        processes by running the script again
+``distributed._init_dist_connection``                          the process group, as DDPStrategy makes it
+``distributed._get_default_process_group_backend_for_device``  gloo or nccl, by device
+``fit_loop.epoch_loop._broadcast_sigterm_tensor``              silenced: a broadcast a batch would tie free stages together
+``DistributedDataParallel._get_ddp_logging_data``              tests only: the name of the attached hook
+``DDPStrategy._ddp_kwargs``                                    tests only: what reached DistributedDataParallel
+``_MultiProcessingLauncher._start_method``                     tests only: how processes are started
+=============================================================  ==============================================================
 """
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities import distributed
+from lightning.pytorch.strategies import launchers
 from lightning.pytorch.trainer.states import TrainerStatus
 
-__all__ = ["backward_is_skipped", "default_store", "is_interrupted", "loggers_write_now", "skip_batches"]
+if TYPE_CHECKING:
+    from lightning_distopt.strategies.process_group import ProcessGroupStrategy
+
+__all__ = [
+    "backward_is_skipped",
+    "connect_processes",
+    "default_store",
+    "is_interrupted",
+    "launcher_for",
+    "loggers_write_now",
+    "silence_sigterm_broadcast",
+    "skip_batches",
+]
 
 
 def default_store() -> Any:
@@ -55,3 +79,39 @@ def loggers_write_now(trainer: pl.Trainer) -> bool:
 def backward_is_skipped(trainer: pl.Trainer) -> bool:
     """Whether the training steps of this epoch only look at the data, as for the BatchNorm statistics of averaged weights."""
     return bool(trainer.fit_loop._skip_backward)
+
+
+def launcher_for(strategy: ProcessGroupStrategy, start_method: str) -> Any:
+    """Return what starts the processes of a strategy."""
+    if start_method != "popen":
+        return launchers._MultiProcessingLauncher(strategy, start_method=start_method)  # type: ignore[arg-type]
+    assert strategy.cluster_environment is not None
+    return launchers._SubprocessScriptLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+
+
+def connect_processes(
+    environment: ClusterEnvironment, backend: str | None, device: torch.device, timeout: timedelta
+) -> None:
+    """Make the default process group."""
+    backend = backend or distributed._get_default_process_group_backend_for_device(device)
+    device_id = device if device.type != "cpu" else None
+    distributed._init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+
+
+def silence_sigterm_broadcast(trainer: pl.Trainer) -> None:
+    """Take out the broadcast from rank 0 before every batch, by which Lightning tells of a SIGTERM.
+
+    It would hold every stage back until stage 0 begins the same tick. A SIGTERM still ends the process that gets it, and its
+    neighbours with a typed error.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    try:
+        known = loop._broadcast_sigterm_tensor
+    except AttributeError:  # 2.6.0
+        return
+    assert callable(known)
+    vars(loop)["_broadcast_sigterm_tensor"] = _nothing
+
+
+def _nothing() -> None:
+    pass

@@ -477,6 +477,7 @@ class CompressedDDPStrategy(DDPStrategy):
         """What was chosen during the fit, for checkpoints; ``None`` where the arguments say it all."""
         return None
 
+    @property
     def is_ending(self) -> bool:
         """Whether an exception is ending what the trainer does, so that other ranks may be anywhere."""
         module = self.lightning_module

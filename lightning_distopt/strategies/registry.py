@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_distopt.strategies.pipeline import PipelineStrategy
+from lightning_distopt.strategies.stale_pipeline import DSPStrategy, StalePipelineStrategy
 from lightning_distopt.strategies.zo_ddp import ZeroOrderDDPStrategy
 
 __all__ = ["StrategyRecord", "StrategyTable", "list_strategies", "register"]
@@ -29,7 +31,7 @@ class StrategyRecord:
     name: str
     paper: str
     description: str
-    strategy: type[DDPStrategy]
+    strategy: type[Strategy]
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -46,6 +48,16 @@ def _gradients(suffix: str, paper: str, description: str, compressor: str, error
     """Describe a common choice of what travels inside backward."""
     arguments = {"compressor": compressor, "error_feedback": error_feedback}
     return StrategyRecord(f"compressed_ddp_{suffix}", paper, description, CompressedDDPStrategy, arguments)
+
+
+def _pipeline(name: str, paper: str, description: str, plan: str) -> StrategyRecord:
+    """Describe a staleness plan."""
+    return StrategyRecord(name, paper, description, StalePipelineStrategy, {"plan": plan})
+
+
+def _synchronous(schedule: str, paper: str, description: str, name: str) -> StrategyRecord:
+    """Describe a schedule of torch."""
+    return StrategyRecord(f"pipeline_{schedule}", paper, description, PipelineStrategy, {"schedule": name})
 
 
 _METHODS = (
@@ -91,6 +103,19 @@ _METHODS = (
         "zeroth-order DDP: ranks divide the queries and send scalars",
         ZeroOrderDDPStrategy,
     ),
+    StrategyRecord(
+        "pipeline", "arXiv:2006.09503", "synchronous pipeline: what one device would learn", PipelineStrategy
+    ),
+    _synchronous("gpipe", "arXiv:1811.06965", "synchronous pipeline, all forwards first", "gpipe"),
+    _synchronous("1f1b", "arXiv:2006.09503", "synchronous pipeline, forwards and backwards in turn", "1f1b"),
+    _synchronous("interleaved", "arXiv:2104.04473", "synchronous pipeline, several blocks a device", "interleaved"),
+    _synchronous("zero_bubble", "arXiv:2401.10241", "synchronous pipeline, backward split in two", "zero_bubble"),
+    _pipeline("naive_model_parallel", "none", "layers on several devices, one of which works at a time", "naive"),
+    _pipeline("ddg", "arXiv:1804.10574", "pipeline of decoupled backward passes; old weights kept", "ddg"),
+    _pipeline("features_replay", "arXiv:1807.04511", "pipeline that keeps inputs and replays them", "features_replay"),
+    _pipeline("pipedream", "arXiv:1806.03377", "pipeline without flush, weights of each forward kept", "pipedream"),
+    _pipeline("pipedream_2bw", "arXiv:2006.09503", "pipeline without flush, two weight versions", "pipedream_2bw"),
+    StrategyRecord("dsp", "arXiv:1909.02625", "pipeline whose every hop is a queue, one weight version", DSPStrategy),
 )
 _LAUNCHERS = {
     "": ("popen", "one process a device, started by running the script again"),

@@ -44,14 +44,21 @@ def private_accesses() -> dict[str, str]:
                 defined.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 defined.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
     theirs = set(dir(DDPStrategy())) | set(vars(DDPStrategy()))
     found = {}
     for path, tree in trees.items():
         for node in ast.walk(tree):
             name = getattr(node, "attr", getattr(node, "name", ""))
-            if not isinstance(name, str) or not name.startswith("_") or name.startswith("__") or name == "_asdict":
-                continue  # public names; a named tuple's method is one of them
-            of_a_strategy = path.name == "compressed_ddp.py" and name in theirs
+            if (
+                not isinstance(name, str)
+                or not name.startswith("_")
+                or name.startswith("__")
+                or name in ("_asdict", "_replace")
+            ):
+                continue  # public names; a named tuple's methods are among them
+            of_a_strategy = path.name in ("compressed_ddp.py", "process_group.py") and name in theirs
             if of_a_strategy or (isinstance(node, ast.Attribute) and name not in defined):
                 found[name] = path.name
     return found
@@ -140,6 +147,28 @@ def test_norms_of_all_parameters_in_one_call() -> None:
     norms = torch._foreach_norm(tensors, float("inf"))
     assert [float(norm) for norm in norms[::2]] == [4.0, 2.0]
     assert norms[1].isnan()
+
+
+@pytest.mark.parametrize("start", ["popen", "fork"])
+def test_pipelines_start_processes_as_lightning_does(start: str) -> None:
+    """``Strategy._configure_launcher``, ``Strategy._launcher``, ``launchers._MultiProcessingLauncher`` and
+    ``launchers._SubprocessScriptLauncher``."""
+    strategy = trainer(lightning_distopt.DSPStrategy(start_method=start)).strategy
+    assert type(strategy.launcher) is type(trainer(DDPStrategy(start_method=start)).strategy.launcher)
+
+
+def test_the_process_group_is_made_as_lightning_does() -> None:
+    """``distributed._init_dist_connection`` and ``distributed._get_default_process_group_backend_for_device``; and
+    ``ParallelStrategy._layer_sync``, ``fit_loop.epoch_loop._broadcast_sigterm_tensor``."""
+    from lightning.fabric.utilities import distributed
+
+    assert distributed._get_default_process_group_backend_for_device(torch.device("cpu")) == "gloo"
+    assert callable(distributed._init_dist_connection)
+    made = trainer("dsp_fork", sync_batchnorm=True)
+    assert made.strategy._layer_sync is not None
+    compat.silence_sigterm_broadcast(made)
+    if hasattr(type(made.fit_loop.epoch_loop), "_broadcast_sigterm_tensor"):  # not in 2.6.0
+        assert made.fit_loop.epoch_loop._broadcast_sigterm_tensor() is None
 
 
 def test_what_our_tests_look_at() -> None:

@@ -7,12 +7,15 @@ import importlib
 import pytest
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
 
 import lightning_distopt
 from lightning_distopt import (
     AutoCompressedDDPStrategy,
     CompressedDDPStrategy,
+    DSPStrategy,
+    PipelineStrategy,
+    StalePipelineStrategy,
     ZeroOrderDDPStrategy,
     list_strategies,
     register,
@@ -29,25 +32,52 @@ METHODS: dict[str, dict[str, str]] = {
     "compressed_ddp_auto": {},
     "zo_ddp": {},
 }
+PIPELINES: dict[str, dict[str, str]] = {
+    "pipeline": {},
+    "pipeline_gpipe": {"schedule": "gpipe"},
+    "pipeline_1f1b": {"schedule": "1f1b"},
+    "pipeline_interleaved": {"schedule": "interleaved"},
+    "pipeline_zero_bubble": {"schedule": "zero_bubble"},
+    "naive_model_parallel": {"plan": "naive"},
+    "ddg": {"plan": "ddg"},
+    "features_replay": {"plan": "features_replay"},
+    "pipedream": {"plan": "pipedream"},
+    "pipedream_2bw": {"plan": "pipedream_2bw"},
+    "dsp": {},
+}
 STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
-NAMES = {method + suffix: (start, METHODS[method]) for method in METHODS for suffix, start in STARTS.items()}
+ARGUMENTS = {**METHODS, **PIPELINES}
+NAMES = {method + suffix: (start, ARGUMENTS[method]) for method in ARGUMENTS for suffix, start in STARTS.items()}
+
+
+def class_of(name: str) -> type[Strategy]:
+    if name.startswith("compressed"):
+        return AutoCompressedDDPStrategy if "_auto" in name else CompressedDDPStrategy
+    if name.startswith("pipeline"):
+        return PipelineStrategy
+    if name.startswith("zo_"):
+        return ZeroOrderDDPStrategy
+    return DSPStrategy if name.startswith("dsp") else StalePipelineStrategy
+
+
 QUIET = {"accelerator": "cpu", "devices": 2, "logger": False}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_gives_the_class_and_its_launcher(name: str) -> None:
     start_method, arguments = NAMES[name]
-    classes = {"zo_": ZeroOrderDDPStrategy, "compressed_ddp_auto": AutoCompressedDDPStrategy}
-    expected = next((made for start, made in classes.items() if name.startswith(start)), CompressedDDPStrategy)
     entry = StrategyRegistry[name]
-    assert entry["strategy"] is expected
+    assert entry["strategy"] is class_of(name)
     assert entry["init_params"] == {**arguments, "start_method": start_method}
     strategy = Trainer(strategy=name, **QUIET).strategy
-    assert type(strategy) is expected
-    assert isinstance(strategy, DDPStrategy)
+    assert type(strategy) is class_of(name)
     launcher = strategy.launcher
     assert getattr(launcher, "_start_method", "popen") == start_method
     assert launcher.is_interactive_compatible is (start_method == "fork")
+
+
+def test_compressed_ddp_is_a_ddp_to_lightning() -> None:
+    assert issubclass(CompressedDDPStrategy, DDPStrategy)
 
 
 def test_upper_case_works_as_with_lightnings_own_names() -> None:
@@ -86,7 +116,8 @@ def test_records_describe_every_name() -> None:
     assert {record.name for record in records} == set(NAMES)
     for record in records:
         assert record.name == record.name.lower()
-        assert record.paper.startswith("arXiv:") or "bf16" in record.name or "auto" in record.name
+        known = record.paper.startswith("arXiv:")
+        assert known or any(word in record.name for word in ("bf16", "auto", "naive"))
         assert 10 < len(record.description) < 100
         assert "\n" not in record.description
         assert StrategyRegistry[record.name]["description"] == record.description

@@ -24,7 +24,8 @@ def test_config_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = _printed(capsys, "--config", str(CONFIGS / f"{name}.yaml"))
 
     assert config["seed_everything"] == 0  # equal runs
-    assert config["model"]["class_path"] == "recipes.resnet.ImageClassifier"
+    layered = name in ("digits_dsp", "cifar10_pipeline")
+    assert config["model"]["class_path"] == f"recipes.resnet.{'LayeredClassifier' if layered else 'ImageClassifier'}"
     assert config["data"]["class_path"].startswith("recipes.resnet.")
 
 

@@ -1,0 +1,108 @@
+"""All workers of a pipeline in one process, tick by tick: the engine without a network, for tests and for looking at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_distopt.model_parallel.block import Block
+from lightning_distopt.model_parallel.stage import BnUpdate, Stage
+from lightning_distopt.model_parallel.staleness import StalenessPlan
+from lightning_distopt.model_parallel.transport import LocalChannel
+from lightning_distopt.model_parallel.worker import Hop, Worker, deposit
+
+__all__ = ["InProcessPipeline"]
+
+
+class InProcessPipeline:
+    """Workers that take turns; every channel is a queue.
+
+    Args:
+        modules: one a stage.
+        loss_fn: ``(output, target) -> scalar``.
+        plan: delays and weights.
+        optimizer: called with the parameters of each worker.
+        seed: of random numbers in layers.
+        bn_update: see :class:`~lightning_distopt.model_parallel.stage.Stage`.
+
+    Attributes:
+        log: what was done: (tick, stage, "F" or "B", batch).
+        depths: most messages in each channel between ticks, by (stage before the hop, "activations" or "gradients").
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        loss_fn: Callable[[Any, Any], Tensor],
+        plan: StalenessPlan,
+        optimizer: Callable[[Any], Optimizer],
+        seed: int = 0,
+        bn_update: BnUpdate = "forward",
+    ) -> None:
+        self.plan = plan
+        self.log: list[tuple[int, int, str, int]] = []
+        self.depths: dict[tuple[int, str], int] = {}
+        self._tick = 0
+        self._losses: dict[int, float] = {}
+        last = plan.stages - 1
+        loss = loss_fn if isinstance(loss_fn, nn.Module) else None
+        self.stages = [
+            Stage(
+                k,
+                plan,
+                Block({str(k): module}, loss if k == last else None),
+                (lambda y, target: (loss_fn(y, target), {})) if k == last else None,
+                seed,
+                bn_update,
+            )
+            for k, module in enumerate(modules)
+        ]
+        self.channels = [(LocalChannel(k + 1), LocalChannel(k)) for k in range(last)]
+        hops = {k: Hop(a, a, g, g) for k, (a, g) in enumerate(self.channels)}
+        self.workers = []
+        for rank in range(plan.workers):
+            mine = {k: self.stages[k] for k in range(plan.stages) if plan.placement[k] == rank}
+            self.workers.append(Worker(plan, mine, hops, record=self._note))
+        self.optimizers = [
+            optimizer(list(dict.fromkeys(p for s in w.stages.values() for p in s.block.parameters())))
+            for w in self.workers
+        ]
+
+    def run(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
+        """Train on these batches, drain, and return their losses."""
+        before = len(self._losses)
+        for batch in batches:
+            self._all(batch)
+        for _ in range(max(worker.drain_ticks() for worker in self.workers)):
+            self._all(None)
+        for worker, optimizer in zip(self.workers, self.optimizers, strict=True):
+            self._update(worker, optimizer, worker.take_rest())
+            worker.restart()
+        return [self._losses[b] for b in range(before, len(self._losses))]
+
+    def _all(self, batch: tuple[Any, Any] | None) -> None:
+        # A hop of delay 0 is passed inside of the tick: down the whole chain, then up again.
+        of = [self.workers[rank] for rank in self.plan.placement]
+        for k, worker in enumerate(of):
+            worker.forward(k, batch)
+        for k, worker in reversed(list(enumerate(of))):
+            self._losses.update({b: float(found["loss"]) for b, found in worker.backward(k).items()})
+        for worker, optimizer in zip(self.workers, self.optimizers, strict=True):
+            self._update(worker, optimizer, worker.end_tick())
+        for k, pair in enumerate(self.channels):
+            for name, channel in zip(("activations", "gradients"), pair, strict=True):
+                self.depths[k, name] = max(self.depths.get((k, name), 0), channel.depth())
+        self._tick += 1
+
+    def _update(self, worker: Worker, optimizer: Optimizer, updates: dict[nn.Parameter, Tensor] | None) -> None:
+        if updates is not None:
+            deposit(updates)
+            optimizer.step()
+            optimizer.zero_grad()
+            worker.updated()
+
+    def _note(self, kind: str, stage: int, batch: int, start: float, end: float) -> None:
+        self.log.append((self._tick, stage, kind, batch))

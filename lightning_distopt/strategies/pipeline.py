@@ -1,0 +1,342 @@
+"""Synchronous pipelines as a Lightning strategy: the schedules are ``torch.distributed.pipelining``'s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_distopt.compressors import Compressor, Specification
+from lightning_distopt.model_parallel.block import Block
+from lightning_distopt.model_parallel.layered import batch_size_of, loss_of, stateful_names
+from lightning_distopt.model_parallel.partition import shared_parameters
+from lightning_distopt.model_parallel.replicas import ReplicaFeedback
+from lightning_distopt.model_parallel.transport import Channel, Endpoint, Receiver, Sender
+from lightning_distopt.strategies.checks import choice, count
+from lightning_distopt.strategies.no_data import NO_BATCH
+from lightning_distopt.strategies.staged import StagedStrategy
+
+__all__ = ["SCHEDULES", "PipelineStrategy", "ScheduleName"]
+
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zero_bubble"]
+_Signature: TypeAlias = tuple[Any, ...]
+_TARGETS = 8192  # tag of the way of targets
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """A schedule of torch: the name of its class, whether it takes several stages a device, and whether they lie in a V."""
+
+    kind: str
+    chunks: int = 1
+    v_shaped: bool = False
+
+
+SCHEDULES: dict[str, _Schedule] = {
+    "gpipe": _Schedule("ScheduleGPipe"),
+    "1f1b": _Schedule("Schedule1F1B"),
+    "interleaved": _Schedule("ScheduleInterleaved1F1B", 2),
+    "interleaved_zero_bubble": _Schedule("ScheduleInterleavedZeroBubble", 2),
+    "zero_bubble": _Schedule("ScheduleZBVZeroBubble", 2, v_shaped=True),
+}
+"""Schedules by name."""
+
+
+class PipelineStrategy(StagedStrategy):
+    """Train the layers of a model in a synchronous pipeline: what is learned is what one device would learn.
+
+    Each device has a block of layers. A batch is cut into micro-batches, which pass through all devices; then all update at
+    once. Devices wait while the pipeline fills and empties: a share ``(K - 1) / (M + K - 1)`` of the time with K devices and M
+    micro-batches, less with the interleaved and zero-bubble schedules.
+
+    The model must be a ``LayeredModule`` whose loss is a mean over the batch. Rank 0 alone reads data. Gradient accumulation,
+    clipping (by the norm over all devices), schedulers and precision work as on one device; parameters shared by layers on
+    several devices are kept equal. Batch norm sees micro-batches. A batch that cannot be cut into as many equal
+    micro-batches (a short last one) is cut into fewer.
+
+    Args:
+        stages: devices that the layers are spread over; ``None`` is all. With fewer there are ``devices / stages`` replicas
+            of each, which average their gradients; samplers share out the data among them.
+        microbatches: pieces of a batch, >= 1; ``None`` is four a device.
+        schedule: "1f1b" (few activations alive), "gpipe", "interleaved" (each device has several blocks), "zero_bubble" (two
+            blocks a device in a V, backward split in two), "interleaved_zero_bubble".
+        chunks_per_device: blocks a device of the interleaved schedules, >= 2.
+        cuts: index of the first layer of every block but the first; ``None`` balances.
+        balance: by what: measured "time" (needs ``example_input_array``), "parameters", "layers"; "auto" is "time" where there is
+            an example, else "parameters".
+        memory_limit_mb: most megabytes of parameters in one block; ``None`` is no limit.
+        compressor: of gradients between replicas, as in ``CompressedDDPStrategy``; ``None`` sends them as they are.
+        error_feedback: between replicas, "gradient" or "none"; ``None`` is "gradient" where the compressor needs it.
+        **process_group: ``start_method``, ``timeout`` (seconds), ``process_group_backend``.
+
+    Raises:
+        ValueError: for values that cannot work, with the cure.
+    """
+
+    strategy_name: ClassVar[str] = "pipeline"
+    handles_window: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        stages: int | None = None,
+        microbatches: int | None = None,
+        schedule: ScheduleName = "1f1b",
+        chunks_per_device: int = 2,
+        cuts: Sequence[int] | None = None,
+        balance: Literal["auto", "time", "parameters", "layers"] = "auto",
+        memory_limit_mb: float | None = None,
+        compressor: Compressor | Specification | str | None = None,
+        error_feedback: ReplicaFeedback | None = None,
+        **process_group: Any,
+    ) -> None:
+        super().__init__(cuts, balance, memory_limit_mb, compressor, error_feedback, **process_group)
+        self.schedule: ScheduleName = choice("schedule", schedule, ScheduleName)
+        self.devices = None if stages is None else count("stages", stages, 1)
+        self.microbatches = None if microbatches is None else count("microbatches", microbatches, 1)
+        self.chunks_per_device = count("chunks_per_device", chunks_per_device, 2)
+        if SCHEDULES[schedule].v_shaped and chunks_per_device != 2:
+            raise ValueError(
+                f"`chunks_per_device` must be 2 with `schedule={schedule!r}`, which folds the layers once: got "
+                f"{chunks_per_device}. "
+                "Leave it out."
+            )
+        if stages is not None and microbatches is not None and schedule == "1f1b" and microbatches < stages:
+            raise ValueError(
+                f"`microbatches` must be at least `stages` with `schedule='1f1b'`: got {microbatches} for {stages} stages. Use "
+                f"`microbatches={stages}` or more, or `schedule='gpipe'`."
+            )
+        self._prepared: dict[_Signature, Any] = {}
+        self._ties: list[tuple[nn.Parameter, Any, bool]] = []
+        self._stash: dict[nn.Parameter, Tensor] = {}
+        self._targets: tuple[Channel | None, Channel | None] = (None, None)
+        self._steps = 0
+        self._output: Any = None
+
+    # ---- lifecycle --------------------------------------------------------------------------------------------------
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        devices = self.devices or self.num_nodes * self.num_processes
+        made = SCHEDULES[self.schedule]
+        if made.v_shaped:
+            return (*range(devices), *reversed(range(devices)))
+        return tuple(range(devices)) * (self.chunks_per_device if made.chunks > 1 else 1)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        pieces = self.microbatches
+        if pieces is not None and self.schedule != "gpipe" and pieces < self.workers:
+            raise ValueError(
+                f"`microbatches` must be at least the number of devices with `schedule={self.schedule!r}`: got {pieces} for "
+                f"{self.workers}. Use `microbatches={self.workers}` or more, or `schedule='gpipe'`."
+            )
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        self._prepared, self._steps, self._stash = {}, 0, {}
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._open_targets()
+            self._check_states()
+
+    def _open_targets(self) -> None:
+        first, last = self.rank_of(0), self.rank_of(self.stages - 1)
+        sender: Channel | None = None
+        receiver: Channel | None = None
+        if first != last and self.global_rank == first:
+            sender = Sender(
+                Endpoint(0, last, _TARGETS, "targets"), 1, 2, None, self.meter, self.timeout, self.root_device
+            )
+        if first != last and self.global_rank == last:
+            end = Endpoint(self.stages - 1, first, _TARGETS, "targets")
+            receiver = Receiver(end, 1, None, self.meter, self.timeout, self.root_device)
+        self._targets = (sender, receiver)
+
+    def _check_states(self) -> None:
+        layers = {name: layer for block in self._every.values() for name, layer in block.layers.items()}
+        if stateful_names(layers):
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` cuts batches and cannot pass states from one to the next: got stateful layers "
+                f"{stateful_names(layers)}. Use `strategy='naive_model_parallel'` or a stale pipeline."
+            )
+
+    def _check_shared(self, blocks: Sequence[Block]) -> None:
+        """Keep what several processes share equal: same start here, summed gradients in every step."""
+        self._ties = []
+        for places in shared_parameters(blocks):
+            workers = sorted({self.placement[stage] for stage, _ in places})
+            if len(workers) == 1:
+                continue
+            stage, name = places[0]
+            parameter = dict(blocks[stage].named_parameters())[name]
+            every = [[r * self.workers + w for w in workers] for r in range(self.replicas)]
+            made: list[Any] = [dist.new_group(ranks) for ranks in every]  # every process makes every group
+            group = made[self.replica]
+            ranks = every[self.replica]
+            if self.global_rank in ranks:
+                value = parameter.detach().to(self.root_device)
+                dist.broadcast(value, ranks[0], group=group)
+                with torch.no_grad():
+                    parameter.copy_(value)
+                self._ties.append((parameter, group, self.global_rank == ranks[0]))
+
+    # ---- clipping ---------------------------------------------------------------------------------------------------
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        StagedStrategy.precision_plugin.fset(self, precision_plugin)  # type: ignore[attr-defined]
+        if precision_plugin is not None:
+            precision_plugin.clip_grad_by_norm = self._clip_by_norm_of_all  # type: ignore[method-assign]
+
+    def _clip_by_norm_of_all(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip by the norm over all devices; a parameter on several of them counts once."""
+        parameters = [p for p in self.precision_plugin.main_params(optimizer) if p.grad is not None]
+        elsewhere = {p for p, _, counts in self._ties if not counts}
+        norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p not in elsewhere]
+        square = torch.zeros((), dtype=torch.float64, device=self.root_device)
+        for norm in norms:
+            square += norm.double().square()
+        if self.workers > 1:
+            dist.all_reduce(square, group=self._pipe)
+        norm = square.sqrt().to(norms[0].dtype if norms else torch.float32)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
+
+    # ---- one batch --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int = 0, *args: Any, **kwargs: Any) -> Tensor:
+        own = [p for p in self._own() if p.requires_grad]
+        held = [p.grad for p in own]
+        for parameter in own:
+            parameter.grad = None
+        with self.precision_plugin.train_step_context():
+            figures, size = self._run(batch)
+        window = self._module.trainer.accumulate_grad_batches
+        for parameter, group, _ in self._ties:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
+        fresh = {p: p.grad for p in own if p.grad is not None}
+        if self._mean is not None:
+            fresh = self._mean.average(fresh)
+        self._stash = {p: g / window if window > 1 else g for p, g in fresh.items()}
+        for parameter, gradient in zip(own, held, strict=True):
+            parameter.grad = gradient
+        self._module.log_figures("train", figures, size)
+        loss: Tensor = figures["loss"]
+        return loss
+
+    def _run(self, batch: Any) -> tuple[dict[str, Any], int]:
+        x = target = None
+        if batch is not NO_BATCH:
+            x, target = self._module.split_batch(batch)
+        signatures = [_signature(x) if 0 in self.blocks else ()]
+        if self.workers > 1:
+            dist.broadcast_object_list(signatures, self.rank_of(0), group=self._pipe)
+        signature = signatures[0]
+        number, self._steps = self._steps, self._steps + 1
+        sender, receiver = self._targets
+        if sender is not None:
+            sender.send(number, target)
+        if receiver is not None:
+            target = receiver.receive(number)
+        schedule = self._schedule_for(signature)
+        losses: list[Tensor] = []
+        inputs = (x if isinstance(x, tuple) else (x,)) if 0 in self.blocks else ()
+        last = self.stages - 1 in self.blocks
+        output = schedule.step(*inputs, **({"target": target, "losses": losses} if last else {}))
+        found = None
+        if last:
+            with torch.no_grad():
+                figures = {"loss": torch.stack([loss.detach() for loss in losses]).mean()}
+                found = {**figures, **self._module.metrics(output, target)}, batch_size_of(output)
+        result: tuple[dict[str, Any], int] = self._from_last(found)
+        return result
+
+    def _schedule_for(self, signature: _Signature) -> Any:
+        """Return the schedule for batches of this shape; torch's stages hold buffers of one shape."""
+        from torch.distributed import pipelining  # it costs time that other strategies need not spend
+
+        if signature not in self._prepared:
+            size = signature[0][0][0] if signature[0][0] else 1
+            wanted = self.microbatches or 4 * self.workers
+            pieces = max(m for m in range(1, min(wanted, size) + 1) if size % m == 0)
+            made = SCHEDULES[self.schedule]
+            kind = made.kind
+            if pieces < wanted and not self._prepared:
+                rank_zero_info(
+                    f"{type(self).__name__}: a batch of {size} is cut into {pieces} equal micro-batches, not {wanted}. A "
+                    "batch size that is a multiple of `microbatches` keeps all devices busier."
+                )
+            if made.chunks == 1 and pieces < self.workers:
+                kind = "ScheduleGPipe"
+            if made.chunks > 1 and (pieces < self.workers or pieces % self.workers):
+                raise ValueError(
+                    f"`schedule={self.schedule!r}` needs batches of a multiple of {self.workers} micro-batches: got a "
+                    f"batch of {size}, which can be cut into {pieces}. Use `drop_last=True`, another batch size, or "
+                    "`schedule='1f1b'`."
+                )
+            stages = [
+                pipelining.PipelineStage(_Piece(block), k, self.stages, self.root_device, group=self._pipe)
+                for k, block in sorted(self.blocks.items())
+            ]
+            held = stages if made.chunks > 1 else stages[0]
+            self._prepared[signature] = getattr(pipelining, kind)(held, pieces, loss_fn=self._loss)
+        return self._prepared[signature]
+
+    def _loss(self, output: Any, target: Any) -> Tensor:
+        return loss_of(self._module, output, target)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Hand over the gradients that the schedule made."""
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self._module)
+        for parameter, gradient in self._stash.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._stash = {}
+        closure_loss = self.precision_plugin.post_backward(closure_loss, self._module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.share_weights()
+
+    def teardown(self) -> None:
+        self._prepared, self._targets = {}, (None, None)
+        super().teardown()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        from lightning_distopt.strategies.registry import register
+
+        register(strategy_registry)
+
+
+class _Piece(nn.Module):
+    """A block as torch calls it: with the tensors of a tuple as arguments of their own."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any) -> Any:
+        y, _ = self.block(args[0] if len(args) == 1 else args)
+        return y
+
+
+def _signature(x: Any) -> _Signature:
+    tensors = x if isinstance(x, tuple) else (x,)
+    return tuple((tuple(t.shape), str(t.dtype)) for t in tensors)
