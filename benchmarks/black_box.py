@@ -319,7 +319,7 @@ def zoo(folder: str, images: int) -> None:
         predict, input_shape=(1, 28, 28), nb_classes=10, channels_first=True, clip_values=(-0.5, 0.5)
     )
     attack = ZooAttack(
-        black_box, max_iter=40, binary_search_steps=3, use_resize=False, use_importance=False, verbose=False
+        black_box, max_iter=20, binary_search_steps=2, use_resize=False, use_importance=False, verbose=False
     )
     moved = torch.as_tensor(attack.generate(clean.numpy()), dtype=torch.float32)
     wrong = float((net(moved).argmax(1) != labels).float().mean())
@@ -595,7 +595,7 @@ def main() -> int:
         else:
             measure(options.study, options.data, until)
             if options.study == "attack":
-                zoo(options.data, images=5)
+                zoo(options.data, images=2)
     if options.draw:
         draw(options.draw)
     if options.table:
