@@ -30,8 +30,9 @@ class CommunicationMonitor(Callback):
     ``feedback/residual_norm``  2-norm of rank 0's residual
     ``feedback/mismatch``     squared distance between where gradients are taken and the auxiliary point
     ``feedback/sidecars_lost``  files beside the loaded checkpoint, of all ranks, that could not be used
-    ``feedback/non_finite_steps``  steps so far that were skipped or mended, with ``non_finite="skip"`` or ``"zero"``
     ========================  ====================================================================================
+
+    With ``non_finite="skip"`` or ``"zero"``, ``feedback/non_finite_steps`` counts the steps that were skipped or mended.
 
     What is sent before the first step, in validation and for ``mismatch_every`` is in the table only.
 

@@ -61,6 +61,7 @@ class Stage:
         device: of the block, for its random numbers.
 
     Attributes:
+        parameters: of the block, by name.
         sums: gradients since the last update, by parameter.
         count: batches in ``sums``.
         states: newest state of stateful layers.
@@ -80,7 +81,8 @@ class Stage:
         self.index, self.plan, self.block, self.finish = index, plan, block, finish
         self.seed, self.bn_update, self.device = seed, bn_update, device
         self.last = index == plan.stages - 1
-        self.stash = WeightStash(block)
+        self.parameters = dict(block.named_parameters())
+        self.stash = WeightStash(self.parameters)
         self.sums: dict[nn.Parameter, Tensor] = {}
         self.count = 0
         self.states: States = {}
@@ -148,8 +150,7 @@ class Stage:
             inputs, leaves, outputs = kept.inputs, kept.leaves, kept.outputs
         else:
             inputs, leaves, outputs, figures = self._again(kept)
-        named = dict(self.block.named_parameters())
-        trained = [(named[name], leaf) for name, leaf in leaves.items() if leaf.requires_grad]
+        trained = [(self.parameters[name], leaf) for name, leaf in leaves.items() if leaf.requires_grad]
         wanted = [t for t in inputs if t.requires_grad]
         floating = [o for o in outputs if o.is_floating_point()]
         heads: list[Tensor | None] = [None] * len(floating) if delta is None else delta
@@ -182,7 +183,7 @@ class Stage:
         inputs = [t.detach().requires_grad_(self.index > 0 and t.is_floating_point()) for t in tensors]
         version = self.plan.backward_version(self.index, kept.batch)
         live = version == self.stash.live
-        leaves: dict[str, Tensor] = dict(self.block.named_parameters()) if live else self.stash.leaves(version)
+        leaves: dict[str, Tensor] = {**self.parameters} if live else self.stash.leaves(version)
         first = self.last or self.bn_update != "forward"
         replaced = {**({} if live else leaves), **({} if first else self._copies())}
         figures: dict[str, Tensor] = {}

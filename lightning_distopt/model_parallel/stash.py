@@ -6,7 +6,8 @@ themselves, and the old memory, which graphs may refer to, stays as it is.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 __all__ = ["WeightStash"]
@@ -15,14 +16,17 @@ __all__ = ["WeightStash"]
 class WeightStash:
     """Weight versions of one module, counted in updates since the last drained state.
 
+    Args:
+        parameters: of the module, by name.
+
     Attributes:
         live: version that the parameters hold now.
         old: earlier versions, by number.
         peak: most versions that were there at once.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
         self.live = 0
         self.old: dict[int, dict[str, Tensor]] = {}
         self.peak = 1
@@ -34,8 +38,7 @@ class WeightStash:
             KeyError: for a version that was let go.
         """
         weights = self._now() if version == self.live else self.old[version]
-        trained = {name: p.requires_grad for name, p in self._module.named_parameters()}
-        return {name: w.data.requires_grad_(trained[name]) for name, w in weights.items()}
+        return {name: w.data.requires_grad_(self._parameters[name].requires_grad) for name, w in weights.items()}
 
     def before_update(self, oldest: int | None) -> None:
         """Make room for the next version: keep the versions from ``oldest`` on, let the others go.
@@ -45,7 +48,7 @@ class WeightStash:
         """
         if oldest is not None and oldest <= self.live:
             self.old[self.live] = self._now()
-            for parameter in self._module.parameters():
+            for parameter in self._parameters.values():
                 parameter.data = parameter.data.clone()
         self.old = {v: w for v, w in self.old.items() if oldest is not None and v >= oldest}
 
@@ -59,5 +62,4 @@ class WeightStash:
         self.live, self.old = 0, {}
 
     def _now(self) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {name: parameter.data for name, parameter in self._module.named_parameters()}
+        return {name: parameter.data for name, parameter in self._parameters.items()}

@@ -227,4 +227,4 @@ def finite(updates: Mapping[nn.Parameter, Tensor]) -> bool:
     if not updates:
         return True
     norms = torch._foreach_norm([g for g in updates.values() if g.numel()] or [torch.zeros(1)], float("inf"))
-    return all(bool(torch.isfinite(norm)) for norm in norms)
+    return bool(torch.stack(list(norms)).isfinite().all())

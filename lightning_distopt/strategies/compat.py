@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "backward_is_skipped",
+    "begin_next_epoch",
     "connect_processes",
     "default_store",
     "is_interrupted",
@@ -63,6 +64,17 @@ def default_store() -> Any:
 def is_interrupted(trainer: pl.Trainer) -> bool:
     """Whether an exception is ending what the trainer does."""
     return trainer.state.status == TrainerStatus.INTERRUPTED
+
+
+def begin_next_epoch(trainer: pl.Trainer) -> None:
+    """Let a fit that resumes from the last batch of an epoch count the next epoch as begun.
+
+    Lightning (2.6.6) trains it without that, and a run that is interrupted again inside of it would repeat its beginning.
+    """
+    loop = trainer.fit_loop
+    steps = loop.epoch_loop
+    if loop.restarted_mid_epoch and steps.restarted_on_train_batch_end and steps.batch_progress.is_last_batch:
+        loop.reset_restart_stage()
 
 
 def skip_batches(iterator: Any, number: int) -> None:

@@ -46,7 +46,7 @@ from lightning_distopt.strategies.combinations import (
     refuse_what_a_specification_brings,
     refuse_what_belongs_to_updates,
 )
-from lightning_distopt.strategies.compat import is_interrupted
+from lightning_distopt.strategies.compat import begin_next_epoch, is_interrupted
 from lightning_distopt.strategies.launchers import PatientProcesses, PatientScripts
 from lightning_distopt.strategies.local_steps import LocalSteps
 from lightning_distopt.strategies.rank_state import RankState
@@ -447,6 +447,8 @@ class CompressedDDPStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._watch.guard_signals()
+        assert self.lightning_module is not None
+        begin_next_epoch(self.lightning_module.trainer)
 
     def on_validation_start(self) -> None:
         super().on_validation_start()

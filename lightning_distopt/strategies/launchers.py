@@ -50,7 +50,9 @@ class PatientScripts(_SubprocessScriptLauncher):
             if all(process.poll() == 0 for process in self.procs):
                 return
             time.sleep(_LOOK)
-        self._end(first, time.monotonic() + GRACE)
+        deadline = time.monotonic() + GRACE
+        self._end(first, deadline)
+        time.sleep(max(0.0, deadline - time.monotonic()))  # this thread ends with its process, usually before
         _print(f"rank {first - 1} still ran {GRACE:.0f} s after the first failure and was killed", self.procs, first)
         os.kill(os.getpid(), _KILL)
 

@@ -5,6 +5,14 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
+
+from lightning_distopt.compressors import ScaledSign, TopK
+
+# The compiled kernels of what most fits here use are loaded with the first call, once for all processes forked later.
+for _compressor in (ScaledSign(), TopK(0.1)):
+    _buffer = torch.ones(100)
+    _compressor.decompress_add_(_compressor.compress_(_buffer), _buffer)
 
 
 @pytest.fixture(autouse=True)

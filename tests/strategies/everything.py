@@ -14,14 +14,22 @@ from torch import Tensor
 
 
 class Everything(Callback):
-    """Keeps the whole state of each rank at the end of the fit in a folder, to compare two fits."""
+    """Keeps the whole state of each rank at the end of the fit in a folder, to compare two fits.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: where.
+        generators: Python's and NumPy's, too; Lightning draws from them now and then before a fit.
+    """
+
+    def __init__(self, folder: Path, generators: bool = False) -> None:
+        self.folder, self.generators = folder, generators
         folder.mkdir()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        torch.save(everything(trainer, pl_module), self.folder / f"{trainer.global_rank}.pt")
+        state = everything(trainer, pl_module)
+        if self.generators:
+            state["generators"] = (random.random(), float(numpy.random.rand()))
+        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
 
 
 def everything(trainer: Trainer, module: Any) -> dict[str, Any]:
@@ -33,7 +41,7 @@ def everything(trainer: Trainer, module: Any) -> dict[str, Any]:
         "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "model": module.state_dict(),
         "step": (trainer.global_step, trainer.current_epoch),
-        "random": (torch.get_rng_state(), random.random(), float(numpy.random.rand())),
+        "random": torch.get_rng_state(),
     }
 
 

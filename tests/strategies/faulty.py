@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import hosts
@@ -76,6 +77,11 @@ class Faulty(Net):
         super().__init__(batches=20)
         self.fault, self.folder = fault, folder
 
+    def on_train_start(self) -> None:
+        # Only now: processes that import everything anew come together more slowly than they train.
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=TIMEOUT))
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
         assert isinstance(loss, Tensor)
@@ -104,7 +110,7 @@ def noted(folder: Path, watched: Any, function: Callable[..., Any], *args: Any, 
         part.rename(part.with_suffix(".end"))
 
 
-def strategy(row: str, start_method: str, timeout: float = TIMEOUT, **arguments: Any) -> Any:
+def strategy(row: str, start_method: str, timeout: float = 60.0, **arguments: Any) -> Any:
     record = RECORDS[row]
     settings = {**record.arguments, "timeout": timedelta(seconds=timeout), **arguments, "start_method": start_method}
     return record.strategy(**settings)

@@ -193,6 +193,7 @@ def test_a_link_that_is_cut(tmp_path: Path, row: str) -> None:
 # --- started again --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.filterwarnings("ignore")
 def test_torchrun_starts_it_again_and_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None:

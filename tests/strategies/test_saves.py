@@ -12,7 +12,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 
 def _save_all_the_time(row: str, folder: Path) -> None:
     os.setsid()  # one signal reaches this process and the ranks
-    sink = os.open(os.devnull, os.O_WRONLY)
+    sink = os.open(f"{folder}.output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     logging.disable()
@@ -60,13 +60,14 @@ def _killed_while_saving(row: str, folder: Path, moment: float) -> None:
     try:
         deadline = time.monotonic() + 60
         while {path: path.stat().st_mtime_ns for path in _ckpts(folder)} == before:
-            assert process.is_alive(), "the run ended by itself"
+            assert process.is_alive(), f"the run ended by itself: {Path(f'{folder}.output').read_text()[-3000:]}"
             assert time.monotonic() < deadline, "nothing was saved"
             time.sleep(0.001)
         time.sleep(moment)
     finally:
         assert process.pid is not None
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
 
 
