@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 # DATA=<folder>: an unpacked CIFAR-10 image folder for the slow checks
 export DATA
 
-.PHONY: help setup demo test test-slow test-oldest lint format wheel clean
+.PHONY: help setup demo test test-former test-latter test-slow test-oldest lint format wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -22,8 +22,16 @@ setup: $(VENV)/.ready  ## make the virtual environment and install everything in
 demo: setup  ## train on digits with ddp, then with compressed_ddp; print a table, write a picture
 	$(BIN)/python -m recipes.resnet.demo
 
+# In two halves side by side: most tests wait for processes that wait for each other.
+LATTER := tests/strategies tests/callbacks tests/advice tests/benchmarks
 test: setup  ## run the tests (at most 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory -j2 test-former test-latter
+
+test-former:
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(LATTER))
+
+test-latter:
+	$(BIN)/python -m pytest $(LATTER) -p no:cacheprovider
 
 test-slow: setup  ## run the slow checks too; DATA=<unpacked CIFAR-10 image folder> for those on real data
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800

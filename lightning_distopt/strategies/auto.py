@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from lightning_distopt.data_parallel.non_finite import NonFinite
 from lightning_distopt.errors import CheckpointError
 from lightning_distopt.strategies.checks import ddp_arguments, fraction
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
-from lightning_distopt.strategies.header import KEY
+from lightning_distopt.strategies.header import Header
 
 __all__ = ["AutoCompressedDDPStrategy"]
 
@@ -74,6 +73,8 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
         self._auto: AutoSync | None = None
         self._decision: Decision | None = None
         self._decided_for: weakref.ref[Any] | None = None
+        self._whose = ""
+        self._baseline = "bf16"
 
     @property
     def decision(self) -> dict[str, Any] | None:
@@ -85,7 +86,7 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
     def configure_ddp(self) -> None:
         if self._decision is not None and self._decided_for is not None:
             if self._decided_for() is self.lightning_module:
-                self._keep("the fit before")
+                self._keep()
             else:
                 rank_zero_info(f"`{type(self).__name__}` fits another module: it measures again.")
                 self._decision = None
@@ -114,7 +115,7 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
             self._auto.residuals = len(self.optimizers) == 1
             decision = self._auto.between_steps()
             if decision is not None:
-                self._adopt(decision)
+                self._adopt(decision, "the fit before")
                 rank_zero_info(f"`{type(self).__name__}` after {TIMED_TO} steps: {decision.report}")
                 self._log(decision)
         return super().training_step(*args, **kwargs)
@@ -130,20 +131,20 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
 
     # ---- the decision -----------------------------------------------------------------------------------------------
 
-    def _adopt(self, decision: Decision) -> None:
-        """Be a strategy with the decision's arguments."""
-        self._decision = decision
+    def _adopt(self, decision: Decision, whose: str) -> None:
+        """Be a strategy with the decision's arguments; ``whose`` it is in later fits' words."""
+        self._decision, self._whose = decision, whose
         self._decided_for = weakref.ref(self.lightning_module)
         self.compressor = as_compressor(decision.compressor)
         self.error_feedback = "gradient" if decision.residual else "none"
         self.exchange = decision.exchange  # type: ignore[assignment]
 
-    def _keep(self, whose: str) -> None:
+    def _keep(self) -> None:
         """Say that an earlier decision holds."""
         assert self._decision is not None
         d = self._decision
         rank_zero_info(
-            f"`{type(self).__name__}` keeps {d.name}, which {whose} chose on {d.world} ranks, and does not measure again."
+            f"`{type(self).__name__}` keeps {d.name}, which {self._whose} chose on {d.world} ranks, and does not measure again."
         )
         if d.world != self.world_size:
             rank_zero_warn(
@@ -165,17 +166,14 @@ class AutoCompressedDDPStrategy(CompressedDDPStrategy):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        kept = checkpoint.get(KEY, {}).get("decision")
-        if kept is not None and self._auto is not None and not (self._decision and self._decision.state_dict() == kept):
-            try:
-                decision = Decision.from_state(kept)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"The checkpoint's choice cannot be used: {error}. Choose another checkpoint.",
-                    self._rank_state.path or "",
-                ) from None
-            self._adopt(decision)
-            self._auto.take(decision)
-            self._keep("the checkpoint's fit")
-        super().load_optimizer_state_dict(checkpoint)
+    def adopt(self, header: Header) -> None:
+        if header.decision is None:
+            return
+        try:
+            decision = Decision.from_state(header.decision)
+        except ValueError as error:
+            raise CheckpointError(
+                f"The choice in the checkpoint cannot be used: {error}. Choose another checkpoint.",
+                self._rank_state.path or "",
+            ) from None
+        self._adopt(decision, "the checkpoint's fit")

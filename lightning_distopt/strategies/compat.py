@@ -10,6 +10,7 @@ name                                                           use
 ``Strategy._precision_plugin``                                 written by our ``precision_plugin`` setter, as FSDP's
 ``_SubprocessScriptLauncher._call_children_scripts``           called by our launcher, which watches the children another way
 ``Trainer._logger_connector.should_update_logs``               read: whether loggers write now, as Lightning's monitors do
+``Trainer._signal_connector.received_sigterm``                 written: that SIGTERM came, without a collective
 ``Trainer.fit_loop._skip_backward``                            read: the pass for BatchNorm of StochasticWeightAveraging
 ``distributed_c10d._get_default_store``                        the store of the process group, for notes between ranks
 ``_BaseDataLoaderIter._next_index``                            the next batch's indices, to skip it without reading it
@@ -23,7 +24,6 @@ name                                                           use
 ``fit_loop.epoch_loop._broadcast_sigterm_tensor``              silenced: a broadcast a batch would tie free stages together
 ``DistributedDataParallel._get_ddp_logging_data``              tests only: the name of the attached hook
 ``DDPStrategy._ddp_kwargs``                                    tests only: what reached DistributedDataParallel
-``_MultiProcessingLauncher._start_method``                     tests only: how processes are started
 =============================================================  ==============================================================
 """
 
@@ -51,6 +51,7 @@ __all__ = [
     "is_interrupted",
     "launcher_for",
     "loggers_write_now",
+    "note_sigterm",
     "silence_sigterm_broadcast",
     "skip_batches",
 ]
@@ -64,6 +65,11 @@ def default_store() -> Any:
 def is_interrupted(trainer: pl.Trainer) -> bool:
     """Whether an exception is ending what the trainer does."""
     return trainer.state.status == TrainerStatus.INTERRUPTED
+
+
+def note_sigterm(trainer: pl.Trainer) -> None:
+    """Let the trainer know of SIGTERM; it tells all ranks before the next batch, in the order of their collectives."""
+    trainer._signal_connector.received_sigterm = True
 
 
 def begin_next_epoch(trainer: pl.Trainer) -> None:

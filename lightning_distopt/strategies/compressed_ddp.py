@@ -47,6 +47,7 @@ from lightning_distopt.strategies.combinations import (
     refuse_what_belongs_to_updates,
 )
 from lightning_distopt.strategies.compat import begin_next_epoch, is_interrupted
+from lightning_distopt.strategies.header import Header
 from lightning_distopt.strategies.launchers import PatientProcesses, PatientScripts
 from lightning_distopt.strategies.local_steps import LocalSteps
 from lightning_distopt.strategies.rank_state import RankState
@@ -478,6 +479,9 @@ class CompressedDDPStrategy(DDPStrategy):
     def decision(self) -> dict[str, Any] | None:
         """What was chosen during the fit, for checkpoints; ``None`` where the arguments say it all."""
         return None
+
+    def adopt(self, header: Header) -> None:
+        """Take over from a checkpoint's header what the arguments leave open, before an engine is built."""
 
     @property
     def is_ending(self) -> bool:

@@ -256,6 +256,7 @@ class RankState:
         self._header = header = read_header(checkpoint, path)
         if header is None:
             return checkpoint
+        strategy.adopt(header)
         if header.inside_epoch and not _loaders(checkpoint):
             rank_zero_warn(
                 f"`{os.path.basename(path)}` was saved inside of an epoch, by a run whose loader could not tell its place: the "

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from lightning_distopt.errors import DistoptError, ExchangeError
-from lightning_distopt.exchange import network_failures, roll_call
-from lightning_distopt.strategies.compat import default_store
+from lightning_distopt.exchange import roll_call
+from lightning_distopt.strategies.compat import default_store, note_sigterm
 
 if TYPE_CHECKING:
     from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
@@ -32,13 +32,12 @@ class Watch:
         self._strategy = strategy
         self._roll_call: roll_call.RollCall | None = None
         self._theirs: Any = None
-        self._pending: tuple[int, Any] | None = None  # a signal that came in the middle of a collective
         self.torn = False
 
     def begin(self) -> None:
         """Begin to beat, in a fit of several ranks."""
         self.end()
-        self.torn, self._pending = False, None
+        self.torn = False
         strategy = self._strategy
         if strategy.world_size > 1 and dist.is_initialized():
             # Under torchrun an agent keeps the store, which outlives the ranks; else rank 0 does.
@@ -62,9 +61,6 @@ class Watch:
     def step(self, number: int, doing: str) -> Iterator[None]:
         """Say where this rank is, remember that an exchange failed, and leave last words for an error of the user's."""
         roll_call.now_at(number, doing)
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._on_sigterm(*pending)
         try:
             yield
         except ExchangeError:
@@ -80,7 +76,7 @@ class Watch:
         """Let SIGTERM not disturb a rank that is finding out why a collective failed.
 
         A launcher that sees a rank fail sends SIGTERM to the others, and Lightning's handler, which is there when training
-        starts, broadcasts: over the network that has just failed.
+        starts, broadcasts: over the network that has just failed, or in the middle of another collective, where Gloo aborts.
         """
         if self._roll_call is None or threading.current_thread() is not threading.main_thread():
             return
@@ -93,11 +89,11 @@ class Watch:
         strategy = self._strategy
         if self.torn or strategy.is_ending or roll_call.is_calling():
             return  # it ends anyway, and has something to say before
-        if roll_call.waits():  # the collective that it is in knows better what has failed, if something has
-            self._pending = (number, frame)
-            return
-        with (
-            self.step(strategy.round, "SIGTERM"),
-            network_failures(strategy.global_rank, strategy.round, doing="stop together"),
-        ):
-            self._theirs(number, frame)
+        assert strategy.lightning_module is not None
+        trainer = strategy.lightning_module.trainer
+        if not trainer.received_sigterm and strategy.launcher is not None:
+            strategy.launcher.kill(number)  # type: ignore[arg-type]
+        note_sigterm(trainer)
+        for handler in getattr(self._theirs, "signal_handlers", [])[1:]:  # those of the user; the first is Lightning's
+            if callable(handler):
+                handler(number, frame)

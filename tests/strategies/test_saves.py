@@ -45,6 +45,8 @@ def _save_all_the_time(row: str, folder: Path) -> None:
     os.dup2(sink, 2)
     logging.disable()
     warnings.simplefilter("ignore")
+    # Torch holds it against forks of forks if an earlier test has asked whether there is a GPU.
+    torch.cuda._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
     saving = ModelCheckpoint(
         folder, "{step}", save_last=True, every_n_train_steps=1, save_top_k=2, monitor="step", mode="max"
     )
@@ -55,11 +57,11 @@ def _save_all_the_time(row: str, folder: Path) -> None:
 def _killed_while_saving(row: str, folder: Path, moment: float) -> None:
     """Start or go on, and send SIGKILL to all processes so many seconds after the first save."""
     process = multiprocessing.get_context("fork").Process(target=_save_all_the_time, args=(row, folder))
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.ckpt")}
+    before = _moments(folder)
     process.start()
     try:
         deadline = time.monotonic() + 60
-        while {path: path.stat().st_mtime_ns for path in _ckpts(folder)} == before:
+        while _moments(folder) == before:
             assert process.is_alive(), f"the run ended by itself: {Path(f'{folder}.output').read_text()[-3000:]}"
             assert time.monotonic() < deadline, "nothing was saved"
             time.sleep(0.001)
@@ -71,8 +73,12 @@ def _killed_while_saving(row: str, folder: Path, moment: float) -> None:
         process.join()
 
 
-def _ckpts(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.ckpt") if path.exists()]
+def _moments(folder: Path) -> dict[Path, int]:
+    found = {}
+    for path in folder.glob("*.ckpt"):
+        with suppress(FileNotFoundError):  # the run goes on meanwhile
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def _check(folder: Path) -> int:

@@ -28,6 +28,7 @@ from tests.strategies.pipelines import MOMENTUM, Chain, Predicts, equal, fit_pip
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*was called without a model:UserWarning"),
 ]
 

@@ -85,6 +85,7 @@ def test_every_argument_of_ours_and_some_of_ddp(tmp_path: Any) -> None:
         "sync_every": 2,
         "scope": "model",
         "bucket_mb": 5.0,
+        "non_finite": "skip",
         "strict_sidecars": True,
         "allow_noncontractive": True,
         "start_method": "fork",
