@@ -92,7 +92,7 @@ class Watch:
         assert strategy.lightning_module is not None
         trainer = strategy.lightning_module.trainer
         if not trainer.received_sigterm and strategy.launcher is not None:
-            strategy.launcher.kill(number)  # type: ignore[arg-type]
+            strategy.launcher.kill(number)
         note_sigterm(trainer)
         for handler in getattr(self._theirs, "signal_handlers", [])[1:]:  # those of the user; the first is Lightning's
             if callable(handler):
