@@ -241,9 +241,12 @@ def check_bucket_size(bucket_size: int | None) -> int | None:
 
 
 def check_levels(levels: int, allowed: tuple[int, ...]) -> int:
-    """Return ``levels`` if it is one of ``allowed``."""
-    if levels not in allowed or isinstance(levels, bool):
-        raise ValueError(f"`levels` must be one of {', '.join(map(str, allowed))}: got {levels!r}. Use for example 5.")
+    """Return ``levels`` if it is an integer, and one of ``allowed``."""
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels not in allowed:
+        named = [str(count) for count in allowed]
+        if len(named) > 5:
+            named[3:-1] = ["..."]
+        raise ValueError(f"`levels` must be one of {', '.join(named)}: got {levels!r}. Use for example 5.")
     return levels
 
 

@@ -277,7 +277,8 @@ def test_the_last_bucket_is_quantised_at_its_own_length() -> None:
     ("make", "message"),
     [
         (lambda: ORQ(4), r"`levels` must be one of 3, 5, 9: got 4"),
-        (lambda: QSGD(4), r"`levels` must be one of 3, 5, 7.*got 4"),
+        (lambda: ORQ(5.0), r"`levels` must be one of 3, 5, 9: got 5.0"),  # type: ignore[arg-type]
+        (lambda: QSGD(4), r"`levels` must be one of 3, 5, 7, ..., 255: got 4"),
         (lambda: QSGD(5, "l3"), r"`norm` must be one of 'linf', 'l2': got 'l3'"),
         (lambda: LinearQuantizer(2), r"`levels` must be one of 3, 4.*got 2"),
         (lambda: LinearQuantizer(5, "log"), r"`grid` must be one of 'minmax', 'quantile': got 'log'"),
