@@ -76,8 +76,9 @@ class CompressedDDPStrategy(DDPStrategy):
 
     Memory a rank, beyond ``ddp``'s parameters, gradients and optimizer: two copies of the parameters (``x`` during a
     step, and ``e``), ``1 / W`` copy (sharded server) or one (server compression elsewhere), and two buckets; less the
-    gradient buckets of ``ddp``, which are not needed. ``error_feedback="gradient"``: one copy of the gradients, and at the
-    end of backward, when activations are gone, another for a moment. ``"none"``: nothing.
+    gradient buckets of ``ddp``, which are not needed. ``error_feedback="gradient"``: one copy of the gradients, and
+    until backward ends another where what arrives is dense (16 bits, ``dense_steps``) or gradients are in half precision.
+    ``"none"``: nothing.
 
     Args:
         compressor: what travels: "sign" (1 bit an element), "topk:0.01" (the largest 1 % of each parameter, 8 bytes
