@@ -26,7 +26,7 @@ The costs, and where they come from:
 
 =======================  ==============================================================================================
 ``backward``, ``cuts``   when each bucket of DDP is full, timed in real steps (``compressed_ddp_auto``) or trial ones
-``forward``              all else of a step: data, forward, optimizer, callbacks
+``forward``              all else of a real step: data, forward, optimizer, callbacks; of a trial one the forward alone
 ``bandwidth, latency``   all-reduces of a large and a small message on the process group (:func:`measure_link`)
 ``overlap``              a fixed computation beside a large all-reduce, and each by itself (:func:`measure_link`)
 ``encode, fixed``        the whole engine of a path on one rank, less ``decode``: with residuals, checks and copies
@@ -58,10 +58,8 @@ __all__ = [
     "rank_methods",
 ]
 
-_FIRST_BUCKET, _BUCKET = (
-    2**20,
-    25 * 2**20,
-)  # bytes; DistributedDataParallel's, and the second also of the updates' engine
+# Bytes; DistributedDataParallel's, and the second also of the updates' engine.
+_FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
 _MATRIX = 512  # rows and columns of an imagined model's matrices
 
 

@@ -58,9 +58,8 @@ class AdviceProbe(Callback):
         if link is None:
             rank_zero_info("Measuring the link ...")
             link = measure_link(device)
-        elif (
-            trainer.world_size > 1 and self.measure_overlap
-        ):  # how far computing and sending share the processor is this machine's matter
+        elif trainer.world_size > 1 and self.measure_overlap:
+            # How far computing and sending share the processor is this machine's matter.
             link = replace(link, overlap=measure_link(device).overlap)
         rank_zero_info("Measuring the compressors ...")
         numel = min(1 << 22, max(1 << 16, work.numel))

@@ -162,9 +162,8 @@ class PowerSGDMean(TensorMean):
         if not queries:
             return
         scales = torch.stack([q.abs().amax(0) for q in queries])
-        for name, q, scale, dead in zip(
-            names, queries, scales, (scales == 0).tolist(), strict=True
-        ):  # one look for all
+        zeros = (scales == 0).tolist()  # one look for all
+        for name, q, scale, dead in zip(names, queries, scales, zeros, strict=True):
             kept = q / scale
             if any(dead):
                 kept = torch.where(scale == 0, self._draw(name, q.shape[0], step + 1, q.device).to(q.dtype), kept)

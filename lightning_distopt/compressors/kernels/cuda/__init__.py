@@ -37,9 +37,8 @@ __all__ = [
     "unpack",
 ]
 
-if (
-    torch.cuda.is_available()
-):  # what a first launch lacks (a C compiler, a newer GPU) shows here, not in the middle of a fit
+if torch.cuda.is_available():
+    # What a first launch lacks (a C compiler, a newer GPU) shows here, not in the middle of a fit.
     try:
         absolute_sum(torch.ones(1, device="cuda"))
     except Exception as error:

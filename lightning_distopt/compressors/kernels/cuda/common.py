@@ -13,9 +13,8 @@ __all__ = ["MAGNITUDE", "TILE", "Tiling", "keep", "launch", "launch_tiles", "len
 TILE = 2048  # elements of a program, 16 for each of 128 threads
 _LONGEST = 8192  # bucket that one program can hold, with more threads
 
-MAGNITUDE = (
-    0x7FFFFFFF  # mask of the bits of |v|, which as integers rise with it; infinity is above all numbers, NaN above it
-)
+# Mask of the bits of |v|, which as integers rise with it; infinity is above all numbers, NaN above it.
+MAGNITUDE = 0x7FFFFFFF
 
 
 class Tiling(NamedTuple):
