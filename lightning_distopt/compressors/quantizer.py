@@ -50,7 +50,6 @@ class Quantizer(Compressor):
         self.side = side
         self.bucket_size = check_bucket_size(bucket_size)
         self.clip = _check_clip(clip)
-        self.per_tensor = bucket_size is None
         self.granularity = math.lcm(8, alignment(symbols), bucket_size or 1)
 
     @abstractmethod

@@ -319,6 +319,9 @@ RESUMED = [
     Case("random_block:0.2", "all_reduce", feedback=True, dense_steps=5),
     Case("powersgd:1", feedback=True),
     Case("powersgd:1"),
+    Case("bingrad_b", feedback=True),
+    Case("orq:5"),
+    Case("qsgd:9,bucket_size=16"),
 ]
 
 
