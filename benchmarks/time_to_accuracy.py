@@ -41,7 +41,7 @@ COLUMNS = (
 )  # fmt: skip
 KEY = COLUMNS[:7]
 BASELINES = ("ddp", "ddp-fp16", "bf16", "ddp-powersgd:1")
-RATES = (0.025, 0.05, 0.1)
+RATES = (0.05, 0.1, 0.2)
 _BATCH = 32  # images of one host in a step
 _SIDE = 16  # pixels: less arithmetic for as many bytes
 _HOSTS = 2

@@ -87,7 +87,7 @@ LIGHTNING_COMMANDS: dict[str, str] = {
 }
 
 COMMANDS: dict[str, Command] = {
-    "advise": Command(advise, "predict the step time of every compressor, on this network or on an imagined one"),
+    "advise": Command(advise, "predict the step time of the common methods, on this network or on an imagined one"),
     "strategies": Command(strategies, "list every strategy that importing this package registers"),
     "timeline": Command(timeline, "draw which stage of a pipeline works on which batch when, and what that costs"),
 }

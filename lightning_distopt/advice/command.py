@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from lightning_distopt.advice.report import parse_bandwidth, parse_seconds
 
 __all__ = ["HELP", "run"]
 
-HELP = "predict the step time of every compressor, on this network or on an imagined one"
+HELP = "predict the step time of the common methods, on this network or on an imagined one"
 _EXAMPLES = """\
 examples:
   distopt advise --config recipes/resnet/configs/demo.yaml
@@ -68,6 +69,10 @@ def run(args: Sequence[str]) -> int:
         raise ValueError(f"`--ranks` must be from 2 to 4096: got {ranks}. Write for example --ranks 64.")
     if options.picture is not None and not options.picture.absolute().parent.is_dir():
         raise ValueError(f"The folder of `--picture` must exist: got {options.picture}. Make it, or name another.")
+    if options.picture is not None and find_spec("matplotlib") is None:
+        raise ValueError(
+            "`--picture` needs matplotlib, which is not installed. Run `pip install matplotlib`, or leave it out."
+        )
     overlap = 1.0 if options.overlap is None else _number("--overlap", options.overlap, "0.5")
     if not 0 <= overlap <= 1:
         raise ValueError(f"`--overlap` must be in [0, 1]: got {options.overlap}. Write for example --overlap 0.5.")

@@ -217,9 +217,10 @@ def crossover(
     codecs: Mapping[str, CodecSpeed],
     world: int,
 ) -> float:
-    """Return the bandwidth, bytes a second, below which ``candidate`` is faster than ``baseline``; 0 if it never is.
+    """Return the bandwidth, bytes a second, at which ``candidate`` ceases to be faster than ``baseline``.
 
-    Latency and overlap are those of ``link``.
+    Positive: it is faster below. 0: it is faster nowhere. Negative: it is faster above the magnitude only, as a method with
+    fewer messages and more bytes may be. Latency and overlap are those of ``link``.
     """
 
     def faster(bandwidth: float) -> bool:
@@ -227,13 +228,21 @@ def crossover(
         ours, theirs = (predict(c, work, there, codecs[c.name], world).seconds for c in (candidate, baseline))
         return ours < theirs
 
-    low, high = 1e3, 1e13
-    if not faster(low):
+    bandwidths = [_LEAST * 10 ** (step / 10) for step in range(101)]
+    where = [faster(bandwidth) for bandwidth in bandwidths]
+    if not any(where):
         return 0.0
-    for _ in range(80):
+    first = where.index(not where[0]) if (not where[0]) in where else len(where)
+    if first == len(where):
+        return bandwidths[-1]
+    low, high = bandwidths[first - 1], bandwidths[first]
+    for _ in range(60):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if faster(middle) else (low, middle)
-    return low
+        low, high = (middle, high) if faster(middle) is where[0] else (low, middle)
+    return low if where[0] else -high
+
+
+_LEAST = 1e3  # bytes a second, from which bandwidths are looked at, up to 10 ** 10 times as many
 
 
 # ---- one method on one exchange --------------------------------------------------------------------------------------

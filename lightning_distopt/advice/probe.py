@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_distopt.advice.candidates import CANDIDATES
@@ -52,7 +54,8 @@ class AdviceProbe(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         rank_zero_info("Measuring forward and backward ...")
         device = trainer.strategy.root_device
-        batch = trainer.strategy.batch_to_device(next(iter(trainer.train_dataloader)))  # type: ignore[arg-type]
+        loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")  # one, or several in a list or a dict
+        batch = trainer.strategy.batch_to_device(next(iter(loaders))[0])
         work = self.workload(trainer, pl_module, batch)
         link = self.link
         if link is None:
@@ -66,7 +69,8 @@ class AdviceProbe(Callback):
         with alone() as group:
             codecs = {c.name: measure_codec(c, device, numel, work.shapes, group) for c in CANDIDATES}
         self.advise(work, link, codecs, self.ranks or trainer.world_size, trainer.is_global_zero)
-        trainer.should_stop = True  # before the first epoch
+        trainer.should_stop = True  # before the first epoch, whatever the least numbers of epochs and steps are
+        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
     def advise(self, work: Workload, link: Link, codecs: dict[str, CodecSpeed], ranks: int, speaks: bool) -> None:
         """Print the table and draw the picture, on one rank."""
@@ -89,13 +93,15 @@ class AdviceProbe(Callback):
             ready[param] = time.perf_counter()
 
         noting = [p.register_post_accumulate_grad_hook(note) for p in params]  # type: ignore[no-untyped-call]
+        wants_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        arguments = (batch, 0) if wants_index else (batch,)
         silent: Any = lambda *args, **kwargs: None  # noqa: E731  # what is logged here belongs to no step
         module.log, module.log_dict = silent, silent  # type: ignore[method-assign]
         for _ in range(_REPEATS + 1):
             found: list[Any] = []
             ready.clear()
             with trainer.precision_plugin.forward_context():
-                forward.append(timed(lambda found=found: found.append(module.training_step(batch, 0)), device))  # type: ignore[misc]
+                forward.append(timed(lambda found=found: found.append(module.training_step(*arguments)), device))  # type: ignore[misc]
             loss = found[0]["loss"] if isinstance(found[0], dict) else found[0]
             if isinstance(loss, Tensor) and module.automatic_optimization:
                 backward.append(timed(loss.backward, device))

@@ -88,8 +88,8 @@ def print_table(
         f"{work.numel / 1e6:.3g} M parameters, {1e3 * work.compute:.4g} ms a step without communication"
     )
     table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.caption = "ms a step, on the network, and in the codec; MB sent by a rank; faster than bf16 below"
-    for column in ("method", "by", "ms", "network", "codec", "MB", "pays below", "spent on"):
+    table.caption = "ms a step, on the network, and in the codec; MB sent by a rank; where it is faster than bf16"
+    for column in ("method", "by", "ms", "network", "codec", "MB", "pays", "spent on"):
         table.add_column(column, justify="left" if column in ("method", "by", "spent on") else "right", no_wrap=True)
     for p in predictions:
         limit = crossover(p.candidate, BASELINE, work, link, codecs, world)
@@ -100,7 +100,7 @@ def print_table(
             f"{1e3 * p.network:.1f}",
             f"{1e3 * p.codec:.1f}",
             f"{p.nbytes / 1e6:.2f}",
-            "-" if p.candidate is BASELINE else show_bandwidth(limit),
+            "-" if p.candidate is BASELINE else _pays(limit),
             _reason(p, work),
         )
     console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width
@@ -108,6 +108,13 @@ def print_table(
     chosen = choose(predictions, next(p for p in predictions if p.candidate is BASELINE))
     arguments = chosen.candidate.arguments_with(chosen.exchange, world)
     console.print(f"The choice would be {chosen.candidate.name}: strategy={arguments}", markup=False)
+
+
+def _pays(limit: float) -> str:
+    """Say where a method is faster, going by its :func:`crossover`."""
+    if limit < 0:
+        return f"> {show_bandwidth(-limit)}"
+    return show_bandwidth(limit) if not limit or limit >= 1e12 else f"< {show_bandwidth(limit)}"
 
 
 def _reason(p: Prediction, work: Workload) -> str:
@@ -155,7 +162,7 @@ def draw(
         if candidate.text != "signsgd" or world <= MOST_RANKS:
             line = [predict(candidate, work, there, codec, world).seconds for there in links]
             left.plot([8 * b / 1e9 for b in bandwidths], line, label=candidate.name, **style)
-            limit = crossover(candidate, BASELINE, work, link, codecs, world)
+            limit = abs(crossover(candidate, BASELINE, work, link, codecs, world))
             if candidate is not BASELINE and bandwidths[0] < limit < bandwidths[-1]:
                 left.axvline(8 * limit / 1e9, linewidth=0.7, linestyle=":", color=style["color"])
         own = [w for w in ranks if candidate.text != "signsgd" or w <= MOST_RANKS]

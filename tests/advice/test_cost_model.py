@@ -79,6 +79,17 @@ def test_what_is_never_faster_has_no_crossover() -> None:
     assert crossover(DENSE, HALF, Workload(NUMEL, 0.1, 0.2), Link(1.0, 1e-4), codecs, 2) == 0
 
 
+def test_what_sends_more_in_fewer_messages_is_faster_above_a_bandwidth() -> None:
+    work, link = Workload(25_000_000, 0.03, 0.07), Link(1.25e9, 5e-4)
+    topk = next(c for c in CANDIDATES if c.name == "top-k 1 %, feedback")
+    codecs = {topk.name: FREE, "bf16": FREE}
+    limit = crossover(topk, HALF, work, link, codecs, 64)
+    assert limit < 0
+    for bandwidth, pays in ((-limit / 1.1, False), (-limit * 1.1, True)):
+        ours, theirs = (predict(c, work, Link(bandwidth, 5e-4), FREE, 64).seconds for c in (topk, HALF))
+        assert (ours < theirs) is pays
+
+
 def test_the_ranking_is_by_seconds() -> None:
     codecs = {c.name: FREE for c in CANDIDATES}
     ranked = rank_methods(Workload(NUMEL, 0.1, 0.2), Link(1e7, 1e-4), codecs, 2, CANDIDATES)

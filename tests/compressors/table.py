@@ -93,7 +93,7 @@ def _anything(v: Tensor) -> float:
 
 
 _SPARSE = "contractive per_tensor splittable"
-_UNBIASED = "unbiased splittable random"
+_UNBIASED = "unbiased per_tensor splittable random"
 _BLOCK = "contractive linear shared_randomness per_tensor random"
 
 ROWS = (
@@ -113,20 +113,28 @@ ROWS = (
     _row("float16", lambda: Dense("float16"), "contractive linear splittable", lambda v: 2.0**-22, (torch.float16,)),
     _row("bfloat16", lambda: Dense("bfloat16"), "contractive linear splittable", lambda v: 2.0**-16, (torch.bfloat16,)),
     _row("onebit", lambda: OneBit(), "per_tensor splittable", _anything),
-    _row("bingrad_b:bucket_size=48", lambda: BinGradB(48), "contractive splittable", _binary_left(48)),
+    _row("bingrad_b:bucket_size=48", lambda: BinGradB(48), "contractive per_tensor splittable", _binary_left(48)),
     _row(
         "bingrad_b:bucket_size=64,threshold=exact",
         lambda: BinGradB(64, "exact"),
-        "contractive splittable",
+        "contractive per_tensor splittable",
         _binary_left(64),
     ),
     _row(
-        "bingrad_b:threshold=lloyd", lambda: BinGradB(threshold="lloyd"), "contractive splittable", _binary_left(2048)
+        "bingrad_b:threshold=lloyd",
+        lambda: BinGradB(threshold="lloyd"),
+        "contractive per_tensor splittable",
+        _binary_left(2048),
     ),
-    _row("bingrad_pb:bucket_size=64", lambda: BinGradPB(64), "contractive splittable random", _clipped_left(64)),
+    _row(
+        "bingrad_pb:bucket_size=64",
+        lambda: BinGradPB(64),
+        "contractive per_tensor splittable random",
+        _clipped_left(64),
+    ),
     _row("orq:3,bucket_size=60", lambda: ORQ(3, 60), _UNBIASED, _anything),
     _row("orq:5", lambda: ORQ(5), _UNBIASED, _anything),
-    _row("orq:9,bucket_size=100,clip=2.5", lambda: ORQ(9, 100, 2.5), "splittable random", _anything),
+    _row("orq:9,bucket_size=100,clip=2.5", lambda: ORQ(9, 100, 2.5), "per_tensor splittable random", _anything),
     _row("qsgd:5,bucket_size=72", lambda: QSGD(5, bucket_size=72), _UNBIASED, _anything),
     _row("qsgd:255,norm=l2,bucket_size=128", lambda: QSGD(255, "l2", 128), _UNBIASED, _anything),
     _row("terngrad", lambda: TernGrad(), "per_tensor splittable random", _anything),
