@@ -31,7 +31,7 @@ examples:
 how to read the table:
   by          how payloads are averaged: summed in the network, gathered by all, or by a server that all ranks share
   ms          a step, from its start to the next one's; network and codec are parts of it that may be hidden
-  pays below  the bandwidth below which the method is faster than gradients in 16 bit
+  pays        the bandwidths, below (<) or above (>), at which the method is faster than gradients in 16 bit
   The choice is the fastest method whose accuracy this project has evidence for, if it gains 10 % on 16 bit.
   strategy="compressed_ddp_auto" does the same at the start of a fit, by real steps. docs/advice.md says how far to trust it.
 """
@@ -83,6 +83,12 @@ def run(args: Sequence[str]) -> int:
         raise ValueError(f"`--latency {options.latency}` needs `--bandwidth`: otherwise both are measured. Add it.")
     probe = AdviceProbe(link, ranks, options.picture, measure_overlap=options.overlap is None)
     if rest:
+        imagined = next((name for name in ("elements", "compute") if getattr(options, name) is not None), None)
+        if imagined is not None:
+            raise ValueError(
+                f"`--{imagined}` describes a model that is not at hand: got {getattr(options, imagined)} beside "
+                f"`{rest[0]}`, whose model is measured. Leave one of them out."
+            )
         _with_config(rest, probe)
         return 0
     if link is None or ranks is None:

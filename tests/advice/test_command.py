@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,7 @@ def test_a_cluster_that_is_not_at_hand(tmp_path: Path, capsys: pytest.CaptureFix
         (["--ranks", "4", "--bandwidth", "fast"], "`--bandwidth` must be a positive number and one of kbit, mbit"),
         (["--ranks", "4", "--bandwidth=-1gbit"], "got '-1gbit'. Write 10gbit"),
         (["--ranks", "4", "--latency", "1ms"], "`--latency 1ms` needs `--bandwidth`"),
+        (["--config", "my.yaml", "--elements", "1e6"], "`--elements` describes a model that is not at hand: got 1e6"),
         (
             ["--ranks", "4", "--bandwidth", "1gbit", "--latency", "soon"],
             "`--latency` must be a positive number and one of",
@@ -135,6 +137,23 @@ class _Kept(AdviceProbe):
         if speaks:
             numbers = torch.tensor([work.numel, work.forward, work.backward, link.bandwidth, ranks])
             torch.save(numbers, self.folder / "said.pt")
+
+
+class Short(Net):
+    """Does not ask for the number of a batch, and has its loaders in a dictionary."""
+
+    def training_step(self, batch: Any) -> Any:
+        return super().training_step(batch["mine"], 0)
+
+    def train_dataloader(self) -> Any:
+        return {"mine": super().train_dataloader()}
+
+
+def test_it_takes_what_lightning_takes_and_trains_nothing_whatever_the_least_number_of_epochs(tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in Short().named_parameters()}
+    after = fit(Short(), "ddp_fork", callbacks=[_Kept(tmp_path)], min_epochs=2)
+    assert (tmp_path / "said.pt").exists()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize("module", [Net, Manual])
