@@ -63,13 +63,15 @@ def strategies(args: Sequence[str]) -> int:
 
 def advise(args: Sequence[str]) -> int:
     """Predict step times; see :mod:`lightning_distopt.advice.command`."""
-    from lightning_distopt.advice.command import run
+    from lightning_distopt.advice.command import prepare
 
     try:
-        return run(args)
+        measure = prepare(args)
     except ValueError as error:
         print(f"distopt advise: {error}", file=sys.stderr)
         return 2
+    measure()
+    return 0
 
 
 def timeline(args: Sequence[str]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lightning_distopt.advice.measure import measure_codec
 from lightning_distopt.advice.probe import AdviceProbe
 from lightning_distopt.advice.report import parse_bandwidth, parse_seconds
 
-__all__ = ["HELP", "run"]
+__all__ = ["HELP", "prepare"]
 
 HELP = "predict the step time of the common methods, on this network or on an imagined one"
 _EXAMPLES = """\
@@ -37,8 +38,10 @@ how to read the table:
 """
 
 
-def run(args: Sequence[str]) -> int:
-    """Measure, predict, print, draw.
+def prepare(args: Sequence[str]) -> Callable[[], None]:
+    """Read the arguments; return what measures, predicts, prints and draws.
+
+    In two steps, so that an error in the arguments can be told from one in the model.
 
     Raises:
         ValueError: for a bandwidth, latency or number outside its range.
@@ -89,8 +92,7 @@ def run(args: Sequence[str]) -> int:
                 f"`--{imagined}` describes a model that is not at hand: got {getattr(options, imagined)} beside "
                 f"`{rest[0]}`, whose model is measured. Leave one of them out."
             )
-        _with_config(rest, probe)
-        return 0
+        return partial(_with_config, rest, probe)
     if link is None or ranks is None:
         raise ValueError(
             "`distopt advise` needs a `--config` to measure, or `--ranks` and `--bandwidth` to imagine a cluster: got "
@@ -101,9 +103,7 @@ def run(args: Sequence[str]) -> int:
     if numel < 1:
         raise ValueError(f"`--elements` must be at least 1: got {numel}. Write for example --elements 25e6.")
     work = Workload(numel, compute / 3, 2 / 3 * compute, max(1, round(4 * numel / (25 * 2**20))))
-    codecs = {candidate.name: measure_codec(candidate, torch.device("cpu")) for candidate in CANDIDATES}
-    probe.advise(work, link, codecs, ranks, speaks=True)
-    return 0
+    return partial(_imagined, work, link, ranks, probe)
 
 
 def _number(argument: str, text: str, example: str, whole: bool = False) -> float:
@@ -117,6 +117,11 @@ def _number(argument: str, text: str, example: str, whole: bool = False) -> floa
         raise ValueError(
             f"`{argument}` must be {kind}: got {text!r}. Write for example {argument} {example}."
         ) from None
+
+
+def _imagined(work: Workload, link: Link, ranks: int, probe: AdviceProbe) -> None:
+    codecs = {candidate.name: measure_codec(candidate, torch.device("cpu")) for candidate in CANDIDATES}
+    probe.advise(work, link, codecs, ranks, speaks=True)
 
 
 def _with_config(words: Sequence[str], probe: AdviceProbe) -> None:

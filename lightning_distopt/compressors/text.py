@@ -84,6 +84,10 @@ def parse(text: str) -> Compressor | Specification:
     first, *rest = (argument.strip() for argument in arguments.split(","))
     given = [first, *rest] if "=" in first else rest
     options = dict(_option(name, form, argument) for argument in given)
+    taken = None if "=" in first else next(iter(inspect.signature(form.make).parameters), None)
+    if len(options) < len(given) or taken in options:
+        twice = taken if taken in options else "an option"
+        raise ValueError(f"`compressor={text!r}` says {twice} twice: write each once, for example {form.example!r}.")
     if "=" in first:
         return form.make(**options)
     if form.argument is None:

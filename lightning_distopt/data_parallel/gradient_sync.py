@@ -43,7 +43,7 @@ __all__ = ["GradientSync"]
 
 
 @dataclass
-class _Arrived:
+class _Received:
     """A bucket whose means are there.
 
     Args:
@@ -110,7 +110,7 @@ class GradientSync:
         self.use(compressor, exchange, server_compression, residuals=residuals)
         self._rates: dict[str, float] = {}
         self._works: list[Steps] = []
-        self._arrived: list[_Arrived] = []
+        self._arrived: list[_Received] = []
         self._bytes = 0
         self._non_finite: list[str | None] = []
         self._counted_alike = False
@@ -195,7 +195,7 @@ class GradientSync:
             if not means.finite():  # the same bits on all ranks, so the same answer
                 index = first_non_finite(tensors)
                 self._non_finite.append(None if index is None else names[index])
-            arrived = _Arrived(buffer, names, tensors, means, used, future)
+            arrived = _Received(buffer, names, tensors, means, used, future)
             if self.memory is None:
                 _deliver(arrived)
             else:
@@ -296,7 +296,7 @@ class GradientSync:
             self.memory.rates = {name: float(rate) for name, rate in state.get("rates", {}).items()}
 
 
-def _deliver(arrived: _Arrived, idle: Collection[str] = ()) -> None:
+def _deliver(arrived: _Received, idle: Collection[str] = ()) -> None:
     """Give DDP the means, and 0 for idle parameters, which take no part in the step."""
     arrived.means.write_(arrived.buffer)
     parts = torch.split(arrived.buffer, [tensor.numel() for tensor in arrived.tensors])

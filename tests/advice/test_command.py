@@ -167,3 +167,12 @@ def test_the_probe_measures_and_trains_nothing(tmp_path: Path, module: type[Net]
     assert ranks == 2
     if module is Net:  # a manual step is a step
         assert all(torch.equal(before[name], after[name]) for name, _ in module().named_parameters())
+
+
+def test_an_error_of_the_model_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(words: object, probe: object) -> None:
+        raise ValueError("of the model")
+
+    monkeypatch.setattr("lightning_distopt.advice.command._with_config", failing)
+    with pytest.raises(ValueError, match="of the model"):
+        main(["advise", "--config", "model.yaml"])

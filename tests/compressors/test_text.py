@@ -89,6 +89,12 @@ def test_an_unknown_option_is_refused_with_the_known_ones(text: str, known: str)
         parse(text)
 
 
+@pytest.mark.parametrize("text", ["orq:5,levels=3", "topk:0.1,ratio=0.2", "orq:levels=3,levels=5"])
+def test_an_argument_that_is_said_twice_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"twice: write each once, for example '(orq:5|topk:0.01)'"):
+        parse(text)
+
+
 @pytest.mark.parametrize("name", ["int8", ""])
 def test_an_unknown_dense_format_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'float32', 'float16', 'bfloat16'.*got '{name}'"):
