@@ -7,6 +7,7 @@ in callbacks, which raise in the worker and thereby in the test.
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ from lightning_distopt import CompressedDDPStrategy
 State = dict[str, Tensor]
 
 
+_ROOT = tempfile.TemporaryDirectory(prefix="fits-")
+
+
 def compressed(**arguments: Any) -> CompressedDDPStrategy:
     """Return the strategy under test, on forked processes."""
     return CompressedDDPStrategy(start_method="fork", **arguments)
@@ -45,6 +49,7 @@ def trainer(strategy: Any, steps: int = 10, devices: int = 2, **arguments: Any) 
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
         "use_distributed_sampler": False,
+        "default_root_dir": _ROOT.name,  # of the checkpoints that Lightning adds by itself
     }
     return Trainer(accelerator="cpu", devices=devices, strategy=strategy, **{**quiet, **arguments})
 
