@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_distopt import LayeredModule
 from lightning_distopt.strategies.checks import count, fraction
 from recipes.transformer_xl.context import Context
+from recipes.transformer_xl.data import TokenData
 from recipes.transformer_xl.embedding import TokenEmbedding
 from recipes.transformer_xl.layer import MemoryLayer, RelativeLayer
 from recipes.transformer_xl.metrics import BitsPerCharacter, Perplexity, TokenLoss
@@ -152,7 +153,7 @@ class TransformerXL(LayeredModule):
         """Compare the model with the data and the strategy.
 
         Raises:
-            ValueError: if the data have another number of tokens, or rows that no memory can be filled from.
+            ValueError: if the data have rows that no memory can be filled from, or symbols that the model was not trained on.
             MisconfigurationException: if a tie would span devices, or if text is to be sampled in a pipeline.
         """
         placement = getattr(self.trainer.strategy, "placement", (0,))
@@ -168,11 +169,11 @@ class TransformerXL(LayeredModule):
                 f"{type(self.trainer.strategy).__name__} has them on different devices, {placement[0]} and {placement[-1]}. Set "
                 "`tie_weight: false`, or use `ouroboros`, which has both on one device."
             )
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or not hasattr(data, "row_length"):
+        data = self._data()
+        if data is None:
             return
-        if self.trainer.ckpt_path is None:  # else its own vocabulary comes with it
-            self._take_symbols(data.vocabulary)
+        if self.symbols is not None:
+            data.adopt(self.symbols)
         for split, lengths in (("train", self.context), ("val", self.eval_context), ("test", self.eval_context)):
             length = data.row_length(split) if split in data.splits_of(stage) else None
             if length is not None and lengths.mem_len >= length:
@@ -181,6 +182,25 @@ class TransformerXL(LayeredModule):
                     f"of {length} tokens ({split}). Use a shorter memory, fewer rows (`batch_size`, `eval_batch_size`) or more "
                     "text."
                 )
+
+    def on_fit_start(self) -> None:
+        """Take what the tokens mean from the data, where no checkpoint has said it.
+
+        Raises:
+            ValueError: if they have another number of tokens than the model.
+        """
+        data = self._data()
+        if self.symbols is None and data is not None:
+            self._take_symbols(data.vocabulary)
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
+
+    def _data(self) -> TokenData | None:
+        try:
+            data = getattr(self.trainer, "datamodule", None)
+        except RuntimeError:  # no trainer
+            return None
+        return data if isinstance(data, TokenData) else None
 
     def _take_symbols(self, symbols: Vocabulary) -> None:
         if len(symbols) != self.vocabulary:
@@ -204,13 +224,11 @@ class TransformerXL(LayeredModule):
         state = checkpoint.get(_VOCABULARY)
         if state is None:
             return
-        self._take_symbols(Vocabulary.from_state(state))
-        try:
-            data = getattr(self.trainer, "datamodule", None)
-        except RuntimeError:  # loaded without a trainer
-            return
-        if data is not None and hasattr(data, "adopt"):
-            data.adopt(self.symbols)
+        symbols = Vocabulary.from_state(state)
+        self._take_symbols(symbols)
+        data = self._data()
+        if data is not None:
+            data.adopt(symbols)
 
     # ---- text -------------------------------------------------------------------------------------------------------
 

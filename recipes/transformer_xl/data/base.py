@@ -61,20 +61,18 @@ class TokenData(LightningDataModule):
         """Read the text on first use and see that it is long enough.
 
         Raises:
-            ValueError: if a stream of this stage is too short for its rows, or the prompt has unknown symbols.
+            ValueError: if a stream of this stage is too short for its rows.
         """
         if not self.streams:
             self.vocabulary, self.streams = self.load()
         for split in self.splits_of(stage):
             self._segments(split)
-        if stage == "predict" and self.trainer is not None and self.trainer.ckpt_path is None:
-            self._prompt()
 
     def adopt(self, vocabulary: Vocabulary) -> None:
         """Read the text with another vocabulary, that of a checkpoint.
 
         Raises:
-            ValueError: if text or prompt have symbols outside of it.
+            ValueError: if the text has symbols outside of it.
         """
         if vocabulary != self.vocabulary:
             stage = self.trainer.state.fn if self.trainer is not None else "fit"
@@ -82,7 +80,6 @@ class TokenData(LightningDataModule):
                 what = f"The text of {type(self).__name__} ({split})"
                 self.streams[split] = self.vocabulary.translated(self.streams[split], vocabulary, what)
             self.vocabulary = vocabulary
-        self._prompt()
 
     @staticmethod
     def splits_of(stage: str) -> tuple[str, ...]:

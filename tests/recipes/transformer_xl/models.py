@@ -39,10 +39,12 @@ class Letters(TokenData):
 
     def load(self) -> tuple[Vocabulary, dict[str, Tensor]]:
         tokens = [1, 2]
-        while len(tokens) < self.size:
+        while len(tokens) < 2 * self.size:
             tokens.append((tokens[-1] + 2 * tokens[-2] + 1) % len(LETTERS))
         stream = torch.tensor(tokens, dtype=torch.int32)
-        return Vocabulary(LETTERS, "characters"), {"train": stream, "val": stream[::2], "test": stream[1::2]}
+        half = self.size // 2
+        parts = {"train": stream[: self.size], "val": stream[self.size :][:half], "test": stream[self.size + half :]}
+        return Vocabulary(LETTERS, "characters"), parts
 
 
 def segments(tokens: Tensor, length: int, model: TransformerXL) -> Tensor:
