@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
+from lightning_distopt import PipelineStrategy
 from recipes.transformer_xl import Context, TransformerXL
 from tests.recipes.transformer_xl.models import Letters, small
 from tests.strategies.fits import compressed, distance, trainer
@@ -78,6 +79,15 @@ def test_a_pipeline_without_staleness_learns_what_one_process_learns_memories_an
     piped, same_bits = fitted("naive_model_parallel_fork", 2, gradient_clip_val=None, **STAGES)
     assert distance(alone.state_dict(), piped.state_dict()) < 1e-6
     assert bits == pytest.approx(same_bits, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": "zero_bubble", "microbatches": 4}])
+def test_a_synchronous_pipeline_learns_what_one_process_learns_ties_memories_and_all(options: Any) -> None:
+    alone, bits = fitted("auto", 1, n_layer=3)
+    strategy = PipelineStrategy(**{"microbatches": 2, **options}, start_method="fork")
+    piped, same_bits = fitted(strategy, 2, n_layer=3)
+    assert distance(alone.state_dict(), piped.state_dict()) < 1e-4
+    assert bits == pytest.approx(same_bits, rel=1e-4)
 
 
 def test_dsp_trains_it() -> None:
