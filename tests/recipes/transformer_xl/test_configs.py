@@ -39,7 +39,7 @@ def test_overlay_changes_strategy_logger_or_ties_and_nothing_else(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = yaml.safe_load((CONFIGS / "overlays" / f"{name}.yaml").read_text())
-    assert set(said["trainer"]) <= {"devices", "strategy", "logger"}
+    assert set(said["trainer"]) <= {"devices", "strategy", "logger", "enable_model_summary"}
     assert set(said.get("model", {"init_args": {}})["init_args"]) <= {"tie_weight", "bias_groups"}
     whole = printed(capsys, CONFIGS / "stdlib.yaml", CONFIGS / "overlays" / f"{name}.yaml")
     assert whole["model"]["init_args"]["d_model"] == 128

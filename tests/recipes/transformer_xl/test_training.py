@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.multiprocessing import ProcessRaisedException
 
 from lightning_distopt import PipelineStrategy
@@ -49,6 +51,52 @@ def test_validation_is_the_mean_over_all_tokens_of_the_rows() -> None:
     loss = module.loss(torch.cat(parts, dim=1), rows[:, 1:].contiguous())
     assert rows.shape[1] % 6 != 1  # the last segment is short
     assert found["val/loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("clusters", [{}, {"cutoffs": [4, 8], "div_val": 2}])
+def test_it_trains_in_sixteen_bits(precision: Any, clusters: Any) -> None:
+    fitting = trainer("auto", 3, 1, precision=precision, limit_val_batches=2)
+    module = small(dropout=0.1, dropatt=0.1, **clusters)
+    fitting.fit(module, datamodule=Letters())
+    assert float(fitting.callback_metrics["train/loss"]) < 3
+
+
+class Stops(Callback):
+    """Saves and ends the fit after some batches."""
+
+    def __init__(self, after: int, path: Path) -> None:
+        self.after, self.path = after, path
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.after:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("after", "exact"), [(16, True), (5, False)])
+def test_a_resumed_run_goes_on_at_its_place_in_the_text(tmp_path: Path, after: int, exact: bool) -> None:
+    """Bit for bit from the end of an epoch; inside of one the memories begin anew."""
+    batches: list[list[Any]] = [[], []]
+
+    class Seen(Callback):
+        def __init__(self, into: list[Any]) -> None:
+            self.into = into
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.into.append(batch[0])
+
+    torch.manual_seed(3)
+    whole = small()
+    trainer("auto", -1, 1, max_epochs=2, callbacks=[Seen(batches[0])]).fit(whole, datamodule=Letters())
+    torch.manual_seed(3)
+    stop = [Stops(after, tmp_path / "x.ckpt"), Seen(batches[1])]
+    trainer("auto", -1, 1, max_epochs=2, callbacks=stop).fit(small(), datamodule=Letters())
+    resumed = small()
+    going_on = trainer("auto", -1, 1, max_epochs=2, callbacks=[Seen(batches[1])])
+    going_on.fit(resumed, datamodule=Letters(), ckpt_path=tmp_path / "x.ckpt")
+    assert [torch.equal(a, b) for a, b in zip(*batches, strict=True)] == [True] * 32
+    assert (distance(whole.state_dict(), resumed.state_dict()) == 0) == exact
 
 
 def test_ddp_with_half_of_the_rows_each_is_one_process_with_all() -> None:
