@@ -129,7 +129,7 @@ def test_a_pipeline_without_staleness_learns_what_one_process_learns_memories_an
     assert bits == pytest.approx(same_bits, rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"schedule": "zero_bubble", "microbatches": 4}])
+@pytest.mark.parametrize("options", [{}, {"schedule": "interleaved", "microbatches": 4}])
 def test_a_synchronous_pipeline_learns_what_one_process_learns_ties_memories_and_all(options: Any) -> None:
     alone, bits = fitted("auto", 1, n_layer=3)
     strategy = PipelineStrategy(**{"microbatches": 2, **options}, start_method="fork")
