@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distopt.compressors import Compressor, Specification
-from lightning_distopt.model_parallel.block import Block, States
+from lightning_distopt.model_parallel.block import Block
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of, stateful_names
 from lightning_distopt.model_parallel.partition import shared_parameters
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback
@@ -120,7 +120,7 @@ class PipelineStrategy(StagedStrategy):
         self._stash: dict[nn.Parameter, Tensor] = {}
         self._targets: tuple[Channel | None, Channel | None] = (None, None)
         self._steps = 0
-        self._memories: dict[tuple[int, int, int], dict[int, States]] = {}
+        self._memories: dict[tuple[int, int, int], dict[int, Any]] = {}
 
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
@@ -335,7 +335,7 @@ class _Piece(nn.Module):
         memory: states of stateful layers by micro-batch, changed in place.
     """
 
-    def __init__(self, block: Block, memory: dict[int, States]) -> None:
+    def __init__(self, block: Block, memory: dict[int, Any]) -> None:
         super().__init__()
         self.block, self.memory = block, memory
         self._microbatch: int | None = None
