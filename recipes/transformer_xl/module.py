@@ -123,7 +123,7 @@ class TransformerXL(LayeredModule):
 
     def metrics(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Return the number of tokens, by which batches count."""
-        return {"tokens": torch.tensor(float(target.numel()), device=target.device)}
+        return {"tokens": torch.full((), float(target.numel()), device=target.device)}
 
     def log_figures(self, stage: str, figures: dict[str, Any], size: int) -> None:
         """Log the loss and the figure: of each step in training, over all tokens elsewhere."""

@@ -24,7 +24,9 @@ def fitted(
     """Fit on rows of ``devices * rows``; return the module and the last bits a character in validation."""
     torch.manual_seed(3)
     module, data = small(**options), Letters(batch_size=rows)
-    fitting = trainer(strategy, -1, devices, gradient_clip_val=gradient_clip_val, **BATCHES)
+    fitting = trainer(
+        strategy, -1, devices, gradient_clip_val=gradient_clip_val, use_distributed_sampler=True, **BATCHES
+    )
     fitting.fit(module, datamodule=data)
     return module, float(fitting.callback_metrics["val/bpc"])
 
