@@ -12,7 +12,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -62,7 +61,8 @@ class PipelineStrategy(StagedStrategy):
     The model must be a ``LayeredModule`` whose loss is a mean over the batch. Rank 0 alone reads data. Gradient accumulation,
     clipping (by the norm over all devices), schedulers and precision work as on one device; parameters shared by layers on
     several devices are kept equal. Batch norm sees micro-batches. A batch that cannot be cut into as many equal
-    micro-batches (a short last one) is cut into fewer.
+    micro-batches (a short last one) is cut into fewer. Stateful layers have a state for each micro-batch, whose rows go on in the
+    same micro-batch of the next batch; a batch of another size begins anew.
 
     Args:
         stages: devices that the layers are spread over; ``None`` is all. With fewer there are ``devices / stages`` replicas
@@ -115,12 +115,12 @@ class PipelineStrategy(StagedStrategy):
                 f"`microbatches` must be at least `stages` with `schedule='1f1b'`: got {microbatches} for {stages} stages. Use "
                 f"`microbatches={stages}` or more, or `schedule='gpipe'`."
             )
-        self._prepared: dict[_Signature, Any] = {}
+        self._prepared: dict[_Signature, tuple[Any, int]] = {}
         self._ties: list[tuple[nn.Parameter, Any, bool]] = []
         self._stash: dict[nn.Parameter, Tensor] = {}
         self._targets: tuple[Channel | None, Channel | None] = (None, None)
         self._steps = 0
-        self._output: Any = None
+        self._memories: dict[tuple[int, int, int], dict[int, Any]] = {}
 
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
@@ -143,10 +143,9 @@ class PipelineStrategy(StagedStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
-        self._prepared, self._steps, self._stash = {}, 0, {}
+        self._prepared, self._steps, self._stash, self._memories = {}, 0, {}, {}
         if trainer.state.fn == TrainerFn.FITTING:
             self._open_targets()
-            self._check_states()
 
     def _open_targets(self) -> None:
         first, last = self.rank_of(0), self.rank_of(self.stages - 1)
@@ -160,14 +159,6 @@ class PipelineStrategy(StagedStrategy):
             end = Endpoint(self.stages - 1, first, _TARGETS, "targets")
             receiver = Receiver(end, 1, None, self.meter, self.timeout, self.root_device)
         self._targets = (sender, receiver)
-
-    def _check_states(self) -> None:
-        layers = {name: layer for block in self._every.values() for name, layer in block.layers.items()}
-        if stateful_names(layers):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` cuts batches and cannot pass states from one to the next: got stateful layers "
-                f"{stateful_names(layers)}. Use `strategy='naive_model_parallel'` or a stale pipeline."
-            )
 
     def _check_shared(self, blocks: Sequence[Block]) -> None:
         """Keep what several processes share equal: same start here, summed gradients in every step."""
@@ -217,6 +208,9 @@ class PipelineStrategy(StagedStrategy):
     # ---- one batch --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int = 0, *args: Any, **kwargs: Any) -> Tensor:
+        if batch_idx == 0:
+            for memory in self._memories.values():
+                memory.clear()
         own = [p for p in self._own() if p.requires_grad]
         held = [p.grad for p in own]
         for parameter in own:
@@ -252,11 +246,15 @@ class PipelineStrategy(StagedStrategy):
             sender.send(number, target)
         if receiver is not None:
             target = receiver.receive(number)
-        schedule = self._schedule_for(signature)
+        schedule, pieces = self._schedule_for(signature)
         losses: list[Tensor] = []
         inputs = (x if isinstance(x, tuple) else (x,)) if 0 in self.blocks else ()
         last = self.stages - 1 in self.blocks
         output = schedule.step(*inputs, **({"target": target, "losses": losses} if last else {}))
+        for parameter in self._own():
+            # Torch would divide once a stage, and so twice what two stages of this device share.
+            if parameter.grad is not None:
+                parameter.grad.div_(pieces)
         found = None
         if last:
             with torch.no_grad():
@@ -265,8 +263,8 @@ class PipelineStrategy(StagedStrategy):
         result: tuple[dict[str, Any], int] = self._from_last(found)
         return result
 
-    def _schedule_for(self, signature: _Signature) -> Any:
-        """Return the schedule for batches of this shape; torch's stages hold buffers of one shape."""
+    def _schedule_for(self, signature: _Signature) -> tuple[Any, int]:
+        """Return the schedule for batches of this shape and its micro-batches; torch's stages hold buffers of one shape."""
         from torch.distributed import pipelining  # it costs time that other strategies need not spend
 
         if signature not in self._prepared:
@@ -288,12 +286,16 @@ class PipelineStrategy(StagedStrategy):
                     f"batch of {size}, which can be cut into {pieces}. Use `drop_last=True`, another batch size, or "
                     "`schedule='1f1b'`."
                 )
-            stages = [
-                pipelining.PipelineStage(_Piece(block), k, self.stages, self.root_device, group=self._pipe)
-                for k, block in sorted(self.blocks.items())
-            ]
+            stages = []
+            for k, block in sorted(self.blocks.items()):
+                piece = _Piece(block, self._memories.setdefault((k, size, pieces), {}))
+                stage = pipelining.PipelineStage(piece, k, self.stages, self.root_device, group=self._pipe)
+                if stateful_names(piece.layers):
+                    piece.follow(stage)
+                stages.append(stage)
             held = stages if made.chunks > 1 else stages[0]
-            self._prepared[signature] = getattr(pipelining, kind)(held, pieces, loss_fn=self._loss)
+            schedule = getattr(pipelining, kind)(held, pieces, loss_fn=self._loss, scale_grads=False)
+            self._prepared[signature] = schedule, pieces
         return self._prepared[signature]
 
     def _loss(self, output: Any, target: Any) -> Tensor:
@@ -315,7 +317,7 @@ class PipelineStrategy(StagedStrategy):
         self.share_weights()
 
     def teardown(self) -> None:
-        self._prepared, self._targets = {}, (None, None)
+        self._prepared, self._targets, self._memories = {}, (None, None), {}
         super().teardown()
 
     @classmethod
@@ -326,14 +328,41 @@ class PipelineStrategy(StagedStrategy):
 
 
 class _Piece(nn.Module):
-    """A block as torch calls it: with the tensors of a tuple as arguments of their own."""
+    """A block as torch calls it: with the tensors of a tuple as arguments of their own.
 
-    def __init__(self, block: Block) -> None:
+    Args:
+        block: the layers.
+        memory: states of stateful layers by micro-batch, changed in place.
+    """
+
+    def __init__(self, block: Block, memory: dict[int, Any]) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.memory = block, memory
+        self._microbatch: int | None = None
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers by name."""
+        return dict(self.block.layers.items())
+
+    def follow(self, stage: Any) -> None:
+        """Know which micro-batch torch's stage is at; forwards outside of one are its looks at shapes."""
+        run = stage.forward_one_chunk
+
+        def forward_one_chunk(microbatch: int, *args: Any, **kwargs: Any) -> Any:
+            self._microbatch = microbatch
+            try:
+                return run(microbatch, *args, **kwargs)
+            finally:
+                self._microbatch = None
+
+        stage.forward_one_chunk = forward_one_chunk
 
     def forward(self, *args: Any) -> Any:
-        y, _ = self.block(args[0] if len(args) == 1 else args)
+        x = args[0] if len(args) == 1 else args
+        if self._microbatch is None:
+            return self.block(x)[0]
+        y, self.memory[self._microbatch] = self.block(x, self.memory.get(self._microbatch))
         return y
 
 

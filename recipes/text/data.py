@@ -12,6 +12,17 @@ CHARACTERS = 128
 """Size of the alphabet: ASCII; what is outside becomes a blank."""
 
 
+def standard_library_text(characters: int) -> Tensor:
+    """Return the first characters of the sources of the standard library, module by module; uint8, all below 128."""
+    text = bytearray()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= characters:
+            break
+    codes = torch.frombuffer(text[:characters], dtype=torch.uint8)
+    return codes.where(codes < CHARACTERS, ord(" "))
+
+
 class StandardLibraryText(LightningDataModule):
     """Windows of the sources of Python's standard library, in alphabetical order of its modules.
 
@@ -39,13 +50,7 @@ class StandardLibraryText(LightningDataModule):
         """Read the text on first use."""
         if self.windows is not None:
             return
-        text = bytearray()
-        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-            text += path.read_bytes()
-            if len(text) > self.characters:
-                break
-        codes = torch.frombuffer(text[: self.characters + 1], dtype=torch.uint8).long()
-        codes = torch.where(codes < CHARACTERS, codes, ord(" "))
+        codes = standard_library_text(self.characters + 1).long()
         count = (len(codes) - 1) // self.length
         inputs = codes[: count * self.length].view(count, self.length)
         targets = codes[1 : count * self.length + 1].view(count, self.length)

@@ -65,11 +65,14 @@ def test_steps_are_those_of_one_device(
     assert distance(found, expected) < 1e-12
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
-def test_shared_weights_are_summed_and_counted_once(clip: float | None) -> None:
+@pytest.mark.parametrize(
+    ("schedule", "devices", "clip"), [("1f1b", 4, None), ("1f1b", 4, 0.3), ("interleaved", 2, 0.3)]
+)
+def test_shared_weights_are_summed_and_counted_once(schedule: str, devices: int, clip: float | None) -> None:
+    """On different devices, and in two stages of one."""
     alone, together = Tied(), Tied()
     expected = fit_pipeline(alone, "auto", 1, gradient_clip_val=clip)
-    found = fit_pipeline(together, piped(), 4, gradient_clip_val=clip)
+    found = fit_pipeline(together, piped(schedule), devices, gradient_clip_val=clip)
     assert distance(found, expected) < 1e-12
 
 
