@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from lightning_distopt.compressors import Compressor, Specification
 from lightning_distopt.model_parallel.block import Block
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of, stateful_names
-from lightning_distopt.model_parallel.partition import shared_parameters
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback
+from lightning_distopt.model_parallel.ties import find_ties
 from lightning_distopt.model_parallel.transport import Channel, Endpoint, Receiver, Sender
 from lightning_distopt.strategies.checks import choice, count
 from lightning_distopt.strategies.no_data import NO_BATCH
@@ -172,7 +172,7 @@ class PipelineStrategy(StagedStrategy):
     def _check_shared(self, blocks: Sequence[Block]) -> None:
         """Keep what several processes share equal: same start here, summed gradients in every step."""
         self._ties = []
-        for places in shared_parameters(blocks):
+        for places in find_ties([dict(block.named_parameters()) for block in blocks]):
             workers = sorted({self.placement[stage] for stage, _ in places})
             if len(workers) == 1:
                 continue

@@ -27,13 +27,7 @@ from lightning_distopt.compressors.text import as_compressor
 from lightning_distopt.exchange import Meter
 from lightning_distopt.model_parallel.block import Block, States
 from lightning_distopt.model_parallel.layered import LayeredModule, batch_size_of, checked_layers, loss_of
-from lightning_distopt.model_parallel.partition import (
-    Partition,
-    balance,
-    costs_by_parameters,
-    measure,
-    shared_parameters,
-)
+from lightning_distopt.model_parallel.partition import Partition, balance, costs_by_parameters, measure
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback, ReplicaMean
 from lightning_distopt.model_parallel.structure import map_tensors
 from lightning_distopt.model_parallel.transport import Channel, Endpoint, LocalChannel, Receiver, Sender
@@ -192,14 +186,8 @@ class StagedStrategy(StageGroups):
         return balance(weights, self.stages, memory, limit), costs
 
     def _check_shared(self, blocks: Sequence[Block]) -> None:
-        for places in shared_parameters(blocks):
-            owners = {self.placement[stage] for stage, _ in places}
-            if len(owners) > 1:
-                names = " and ".join(f"`{name}` (stage {stage})" for stage, name in places)
-                raise MisconfigurationException(
-                    f"Stages on different processes share a parameter: {names}. Cut elsewhere, or place these stages on one "
-                    "process; each would go its own way otherwise."
-                )
+        """Refuse, or prepare for, parameters that several stages share."""
+        raise NotImplementedError
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)

@@ -15,17 +15,20 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distopt.compressors import Compressor, Specification
 from lightning_distopt.errors import NonFiniteError
+from lightning_distopt.model_parallel.block import Block
 from lightning_distopt.model_parallel.connect import connect, settle
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback
 from lightning_distopt.model_parallel.stage import BnUpdate, Stage
 from lightning_distopt.model_parallel.staleness import StalenessPlan
+from lightning_distopt.model_parallel.ties import refuse_ties
 from lightning_distopt.model_parallel.trace import Trace, chrome_trace
 from lightning_distopt.model_parallel.worker import Worker, deposit, finite
 from lightning_distopt.strategies.checks import choice, count, flag, positive
@@ -163,6 +166,12 @@ class StalePipelineStrategy(StagedStrategy):
     def placement(self) -> tuple[int, ...]:
         return self.plan.placement
 
+    def _check_shared(self, blocks: Sequence[Block]) -> None:
+        try:
+            refuse_ties(self.plan, [dict(block.named_parameters()) for block in blocks])
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
@@ -290,8 +299,11 @@ class StalePipelineStrategy(StagedStrategy):
             self._not_finite()
         optimizer.zero_grad()
         self.engine.updated()
-        self.updates += 1
-        self._step_schedulers()
+        if (
+            self.engine.newest_updated
+        ):  # a stage whose gradients are older comes after, in the same update but for fill and drain
+            self.updates += 1
+        self._step_schedulers(self.engine.newest_updated)
 
     def _not_finite(self) -> None:
         self.skipped += 1
@@ -329,7 +341,7 @@ class StalePipelineStrategy(StagedStrategy):
         tau = max(1.0, late / self.plan.accumulate)
         return float(tau ** -(1.0 - min(self.updates / self.lr_rescale_steps, 1.0)))
 
-    def _step_schedulers(self) -> None:
+    def _step_schedulers(self, counted: bool) -> None:
         assert self.engine is not None
         learned = max(self.engine.learned(), default=-1)
         ended = 0
@@ -337,7 +349,7 @@ class StalePipelineStrategy(StagedStrategy):
             self._epoch_ends.popleft()
             ended += 1
         for config, frequency in self._schedulers:
-            if config.interval == "step" and self.updates % frequency == 0:
+            if config.interval == "step" and counted and self.updates % frequency == 0:
                 self._module.lr_scheduler_step(config.scheduler, None)
             elif config.interval == "epoch":
                 for epoch in range(self._epochs + 1, self._epochs + ended + 1):
