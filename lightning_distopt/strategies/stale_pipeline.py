@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 
 from lightning_distopt.compressors import Compressor, Specification
 from lightning_distopt.errors import NonFiniteError
-from lightning_distopt.model_parallel.block import Block
+from lightning_distopt.model_parallel.block import Block, States
 from lightning_distopt.model_parallel.connect import connect, settle
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback
 from lightning_distopt.model_parallel.stage import BnUpdate, Stage
 from lightning_distopt.model_parallel.staleness import StalenessPlan
+from lightning_distopt.model_parallel.structure import map_tensors
 from lightning_distopt.model_parallel.ties import refuse_ties
 from lightning_distopt.model_parallel.trace import Trace, chrome_trace
 from lightning_distopt.model_parallel.worker import Worker, deposit, finite
@@ -62,7 +63,7 @@ class StalePipelineStrategy(StagedStrategy):
 
     Args:
         plan: a ``StalenessPlan``, or its name: "naive", "ddg", "features_replay", "pipedream", "pipedream_2bw", "dsp",
-            "dsp(p;m)".
+            "ouroboros", "dsp(p;m)".
         stages: of a plan given by its name; ``None`` is as many as devices. With fewer there are ``devices / stages`` replicas of
             each stage, which average their gradients; samplers share out the data among them.
         accumulate: batches whose mean gradient makes one update, >= 1; ``None`` leaves it to the plan. Fewer updates mean fewer
@@ -241,6 +242,8 @@ class StalePipelineStrategy(StagedStrategy):
         self._epoch_is_over = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
         if self._epoch_is_over:
             self._epoch_ends.append(self.engine.batches + self.engine.tick)
+        if batch_idx == 0:
+            self.engine.forget()
         if self.engine.tick == 0 or batch_idx == 0:
             self._modes = {module: module.training for block in self.blocks.values() for module in block.modules()}
         pair = None
@@ -415,6 +418,8 @@ class StalePipelineStrategy(StagedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self.engine is not None and "optimizer_states" in checkpoint:
             checkpoint[_KEY] = {"batches": self.engine.batches, "updates": self.updates, "epochs": self._epochs}
+            if not self._epoch_is_over:  # the next epoch begins with none
+                checkpoint[_KEY]["states"] = self._gathered_states(self.engine)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -423,6 +428,23 @@ class StalePipelineStrategy(StagedStrategy):
         if saved and self.engine is not None:
             self.engine.batches, self.updates, self._epochs = saved["batches"], saved["updates"], saved["epochs"]
             self.engine.restart()
+            states = saved.get("states", [])
+            if len(states) == self.replicas:
+                for stage in self.engine.stages.values():
+                    mine = {
+                        name: states[self.replica][name] for name in stage.block.layers if name in states[self.replica]
+                    }
+                    stage.states = map_tensors(lambda t: t.to(self.root_device), mine)
+
+    def _gathered_states(self, engine: Worker) -> list[States]:
+        """Return the states of stateful layers by name, one dictionary a replica, so that any cut can go on with them."""
+        own = {name: state for stage in engine.stages.values() for name, state in stage.states.items()}
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, (self.replica, map_tensors(lambda t: t.cpu(), own)))
+        merged: list[States] = [{} for _ in range(self.replicas)]
+        for replica, part in parts:
+            merged[replica].update(part)
+        return merged
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
