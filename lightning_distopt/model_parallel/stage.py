@@ -88,7 +88,6 @@ class Stage:
         self.states: States = {}
         self.base = 0
         self.peak = 0
-        self._anew: set[int] = set()
         self._kept: deque[_Kept] = deque()
         self._graphs = plan.keep == "graph" and not self.last
 
@@ -102,9 +101,6 @@ class Stage:
             x: input; owned by the stage from here on.
             target: kept by the last stage.
         """
-        if batch in self._anew:
-            self._anew.remove(batch)
-            self.states = {}
         version = self._newest(batch)
         kept = _Kept(batch, version, x, self.states, target)
         y = None
@@ -254,11 +250,6 @@ class Stage:
     def restart(self) -> None:
         """Number batches and versions from zero again: the run is drained."""
         self.stash.restart()
-        self._anew.clear()
-
-    def forget(self, batch: int) -> None:
-        """Let stateful layers begin anew with this batch."""
-        self._anew.add(batch)
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -213,9 +213,9 @@ class Worker:
             stage.base = self.batches
 
     def forget(self) -> None:
-        """Let stateful layers begin anew with the next batch that enters."""
+        """Let stateful layers begin anew."""
         for stage in self.stages.values():
-            stage.forget(self.tick)
+            stage.states = {}
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

@@ -242,8 +242,6 @@ class StalePipelineStrategy(StagedStrategy):
         self._epoch_is_over = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
         if self._epoch_is_over:
             self._epoch_ends.append(self.engine.batches + self.engine.tick)
-        if batch_idx == 0:
-            self.engine.forget()
         if self.engine.tick == 0 or batch_idx == 0:
             self._modes = {module: module.training for block in self.blocks.values() for module in block.modules()}
         pair = None
