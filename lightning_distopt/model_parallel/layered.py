@@ -43,6 +43,7 @@ class LayeredModule(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._states: States = {}
+        self._training_states: States = {}
 
     # ---- what a model may say ---------------------------------------------------------------------------------------
 
@@ -88,10 +89,19 @@ class LayeredModule(pl.LightningModule):
         self.forget()
 
     def on_validation_epoch_start(self) -> None:
+        """Begin anew with the states; those of training are kept aside."""
+        self._training_states = self._states
+        self.forget()
+
+    def on_validation_epoch_end(self) -> None:
+        """Go on with the states of training, in whose epoch validation may have been."""
+        self._states, self._training_states = self._training_states, {}
+
+    def on_test_epoch_start(self) -> None:
         """Begin anew with the states."""
         self.forget()
 
-    on_validation_epoch_end = on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_predict_epoch_start = on_test_epoch_start
 
     def _step(self, stage: str, batch: Any) -> Tensor:
         x, target = self.split_batch(batch)

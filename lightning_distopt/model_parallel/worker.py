@@ -80,6 +80,7 @@ class Worker:
         self.busy = 0.0
         self.newest_updated = False
         self._limit: int | None = None
+        self._fresh: set[int] = set()
         self._due: Sequence[Stage] = ()
         held = {k: {id(p) for p in stage.parameters.values()} for k, stage in self.stages.items()}
         self._ties = {k: [j for j in held if j != k and held[j] & held[k]] for k in held}
@@ -121,6 +122,8 @@ class Worker:
         return number >= 0 and (self._limit is None or number < self._limit)
 
     def _forward(self, index: int, stage: Stage, number: int, batch: tuple[Any, Any] | None) -> None:
+        if number in self._fresh:
+            stage.states = {}
         if index == 0:
             assert batch is not None
             x, target = batch
@@ -208,14 +211,14 @@ class Worker:
         assert all(not len(stage) for stage in self.stages.values())
         self.batches += self._limit or 0
         self.tick, self._limit = 0, None
+        self._fresh.clear()
         for stage in self.stages.values():
             stage.restart()
             stage.base = self.batches
 
     def forget(self) -> None:
-        """Let stateful layers begin anew."""
-        for stage in self.stages.values():
-            stage.states = {}
+        """Let stateful layers begin anew with the next batch that enters, each when that batch comes to it."""
+        self._fresh.add(self.tick)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

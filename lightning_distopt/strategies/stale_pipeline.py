@@ -244,6 +244,8 @@ class StalePipelineStrategy(StagedStrategy):
             self._epoch_ends.append(self.engine.batches + self.engine.tick)
         if self.engine.tick == 0 or batch_idx == 0:
             self._modes = {module: module.training for block in self.blocks.values() for module in block.modules()}
+        if batch_idx == 0:
+            self.engine.forget()
         pair = None
         if batch is not NO_BATCH:
             pair = self._module.split_batch(batch)
