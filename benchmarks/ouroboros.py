@@ -4,6 +4,7 @@ python -m benchmarks.ouroboros                    everything: about 15 minutes o
 python -m benchmarks.ouroboros --quick            small numbers, to see that it works
 python -m benchmarks.ouroboros --model transformer_xl
 
+order    stages that sleep instead of compute, 3 : 6 : 3 long: what the order of work alone reaches of the ceiling
 speed    tokens a second of naive model parallelism, 1F1B and Ouroboros, in turn, beside the ceiling of each timetable: that of
          the plan played with the measured lengths of the stages (``lightning_distopt.model_parallel.timeline``)
 network  `ddp` and Ouroboros over a link of 1 Gbit/s between two namespaces: bytes a step and tokens a second; needs root
@@ -31,12 +32,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.hosts import HostsError, bits_per_second, counters, enter, network
 from benchmarks.language import MODELS, Model, Size, blocks_of, build, parameters_of
-from benchmarks.pipeline import Alone, Flush, Method, Stale, timed
+from benchmarks.pipeline import Alone, Flush, Method, Sleeping, Stale, timed
 from benchmarks.results_file import ResultsFile, load, machine, versions
 from lightning_distopt.model_parallel import StalenessPlan
 from lightning_distopt.model_parallel.ends import Head, authors_split, balance_ends
 from lightning_distopt.model_parallel.partition import balance
-from lightning_distopt.model_parallel.timeline import flush_ceiling, period
+from lightning_distopt.model_parallel.timeline import ceiling, flush_ceiling, period
 from tests.ranks import run_ranks
 
 __all__ = ["main"]
@@ -54,6 +55,7 @@ PLANS = {
 }
 SPEED = ("alone", "naive", "1f1b M=4", "1f1b M=8", *list(PLANS)[1:])
 NETWORK = ("ddp", "ouroboros")
+PARTS = ("order", "speed", "network")
 
 
 class Job(NamedTuple):
@@ -164,7 +166,8 @@ def _race(rank: int, world: int, job: Job, counted: bool) -> Any:
     for number, method in enumerate(job.methods):
         model = build(job.model, job.size)
         if method in PLANS:
-            runner: Any = Stale(rank, PLANS[method], blocks_of(model.layers, cuts), model.head, batch, 64 * number)
+            tag = 64 * (number + 1)  # torch's schedules use the first tags
+            runner: Any = Stale(rank, PLANS[method], blocks_of(model.layers, cuts), model.head, batch, tag)
         elif "=" in method:
             schedule = Method(method, schedule="1f1b", pieces=int(method.rpartition("=")[2]))
             tied = [p for p in parameters_of(*model.layers) if any(p is q for q in model.head.parameters())]
@@ -191,6 +194,31 @@ def _batch(job: Job) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(job.size.vocabulary, (job.rows, job.size.length + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _sleep(rank: int, world: int, plan: StalenessPlan, seconds: Sequence[float], batches: int) -> float:
+    layers = [[Sleeping(length, 2 * length)] for length in seconds]
+    x = torch.zeros(4, 4)
+    runner = Stale(rank, plan, layers, nn.functional.mse_loss, (x, x), 0)
+    runner.run(4)
+    found = timed(runner, batches)
+    runner.close()
+    return found
+
+
+def order(write: Callable[..., None], quick: bool) -> None:
+    """Stages that sleep."""
+    unit, batches = (2e-3, 8) if quick else (10e-3, 40)
+    lengths = (3 * unit, 6 * unit, 3 * unit)
+    found = {name: max(run_ranks(2, _sleep, plan, lengths, batches, timeout=300.0)) for name, plan in PLANS.items()}
+    print(f"\nforwards that sleep {', '.join(f'{1e3 * s:g}' for s in lengths)} ms, backwards twice as long")
+    for name, seconds in found.items():
+        limit, faster = ceiling(PLANS[name], lengths=lengths), found["naive"] / seconds
+        print(f"  {name:<20}{1e3 * seconds:>10.1f}{faster:>10.2f}{limit:>10.2f}{faster / limit:>8.2f}")
+        write(
+            part="order", model="sleeping", method=name, setting="3 : 6 : 3", ms_a_batch=1e3 * seconds,
+            speedup_over_naive=faster, ceiling=limit, share_of_ceiling=faster / limit, rounds=1,
+        )  # fmt: skip
 
 
 def speed(write: Callable[..., None], job: Job) -> None:
@@ -236,7 +264,7 @@ def over_the_network(write: Callable[..., None], job: Job, bandwidth: str) -> No
 def main(args: Sequence[str] | None = None) -> int:
     """Run the parts and write their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("speed", "network"), default=["speed", "network"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--model", choices=MODELS, default="small")
     parser.add_argument("--split", choices=("balanced", "authors"), default="balanced")
     parser.add_argument("--bandwidth", default="1gbit", help="of the link, as in 100mbit (default: 1gbit)")
@@ -254,6 +282,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if given.quick:
         size, rows, rounds, batches = (Size(64, 4, 32, 16), 8, 2, 2)
     job = Job(given.model, size, rows, given.split, SPEED, rounds, batches)
+    if "order" in given.parts:
+        order(write, given.quick)
     if "speed" in given.parts:
         speed(write, job)
     if "network" in given.parts:
