@@ -80,7 +80,7 @@ class InProcessPipeline:
 
     def run(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """Train on these batches, drain, and return their losses."""
-        before = len(self._losses)
+        before = self.workers[0].batches
         for batch in batches:
             self._all(batch)
         for _ in range(max(worker.drain_ticks() for worker in self.workers)):
@@ -88,7 +88,7 @@ class InProcessPipeline:
         for rank, worker in enumerate(self.workers):
             self._update(rank, worker.take_rest())
             worker.restart()
-        return [self._losses[b] for b in range(before, len(self._losses))]
+        return [self._losses.pop(b) for b in range(before, self.workers[0].batches)]
 
     def _all(self, batch: tuple[Any, Any] | None) -> None:
         # A hop of delay 0 is passed inside of the tick: down the whole chain, then up again.
