@@ -115,6 +115,13 @@ def test_without_delays_it_is_plain_training_bit_for_bit(devices: int, stages: i
     assert equal(fit_pipeline(piped, strategy, devices), dict(alone.state_dict()))
 
 
+def test_replicas_that_read_the_same_learn_what_one_pipeline_learns() -> None:
+    """Twice two devices; the mean of equal gradients is that gradient, also where only a part of V's is there."""
+    one, two = Language(dropout=0.0), Language(dropout=0.0)
+    expected = fit_pipeline(one, ouroboros(), 2)
+    assert equal(fit_pipeline(two, ouroboros(stages=3), 4), expected)
+
+
 def test_names_and_ties_are_those_of_the_unsplit_model() -> None:
     def check(trainer: Trainer, module: Any) -> None:
         assert module.layers[0].weight is module.loss.weight
