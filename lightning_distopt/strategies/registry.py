@@ -9,9 +9,10 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_distopt.strategies.dsp import DSPStrategy
 from lightning_distopt.strategies.ouroboros import OuroborosStrategy
 from lightning_distopt.strategies.pipeline import PipelineStrategy
-from lightning_distopt.strategies.stale_pipeline import DSPStrategy, StalePipelineStrategy
+from lightning_distopt.strategies.stale_pipeline import StalePipelineStrategy
 from lightning_distopt.strategies.zo_ddp import ZeroOrderDDPStrategy
 
 __all__ = ["StrategyRecord", "StrategyTable", "list_strategies", "register"]

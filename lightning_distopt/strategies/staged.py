@@ -59,7 +59,7 @@ class StagedStrategy(StageGroups):
             "time" where there is an example, else "parameters".
         memory_limit_mb: most megabytes of parameters in one stage; ``None`` is no limit.
         compressor: of gradients between replicas, as in ``CompressedDDPStrategy``; ``None`` sends them as they are.
-        error_feedback: "gradient" or "none"; ``None`` is "gradient" where the compressor needs it.
+        error_feedback: between replicas, "gradient" or "none"; ``None`` is "gradient" where the compressor needs it.
         **process_group: see :class:`ProcessGroupStrategy`.
     """
 
