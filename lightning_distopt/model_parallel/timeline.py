@@ -130,7 +130,12 @@ def flush_ceiling(stages: int, microbatches: int) -> float:
     return stages * microbatches / (microbatches + stages - 1)
 
 
-def bubble_fraction(plan: StalenessPlan, batches: int, forward: float = 1.0, backward: float = 2.0) -> float:
+def bubble_fraction(
+    plan: StalenessPlan,
+    batches: int,
+    forward: float | Sequence[float] = 1.0,
+    backward: float | Sequence[float] = 2.0,
+) -> float:
     """Return the share of all workers' time in which they do nothing, fill and drain included, in [0, 1)."""
     spans = play(plan, batches, forward, backward)
     if not spans:
