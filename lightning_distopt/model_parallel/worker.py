@@ -107,11 +107,15 @@ class Worker:
             self._forward(index, self.stages[index], number, batch)
 
     def backward(self, index: int) -> dict[int, dict[str, Tensor]]:
-        """Do the backward of one stage in this tick, if it has one; return the figures that came with it, by batch."""
+        """Do the backward of one stage in this tick, if it has one; return the figures that came with it, by batch.
+
+        The last stage of a worker hears of a batch first; what its other stages hear later is not told again.
+        """
         number = self.plan.backward_batch(index, self.tick)
         if not self._runs(number):
             return {}
-        return {self.batches + number: self._backward(index, self.stages[index], number)}
+        figures = self._backward(index, self.stages[index], number)
+        return {self.batches + number: figures} if index == max(self.stages) else {}
 
     def end_tick(self) -> dict[nn.Parameter, Tensor] | None:
         """Return the gradients of the update that is due, if one is."""

@@ -35,6 +35,11 @@ class Language(LayeredModule):
         made, head = layers(count, dropout)
         self.layers, self.loss = nn.ModuleList(made), head
         self.data, self.make, self.schedule = list(texts(batches)), make, schedule
+        self.seen: list[float] = []
+
+    def log_figures(self, stage: str, figures: dict[str, Any], size: int) -> None:
+        self.seen.append(float(figures["loss"].detach()))
+        super().log_figures(stage, figures, size)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make(self.parameters())
@@ -59,8 +64,8 @@ def simulated(module: Language, plan: StalenessPlan, cuts: list[int], epochs: in
     simulation = Simulation(blocks, module.loss, plan, module.make, **options)
     for _ in range(epochs):
         simulation.forget()
-        simulation.run(module.data)
-    return module.state_dict()
+        module.seen += simulation.run(module.data)
+    return module
 
 
 # --- what is learned ------------------------------------------------------------------------------------------------
@@ -89,12 +94,13 @@ def test_a_fit_is_the_simulation_bit_for_bit(devices: int, make: Any, options: d
             trainer.lr_scheduler_configs[0].scheduler.last_epoch == 12
         )  # on each device, whatever it has of both ends
         assert trainer.strategy.updates == 12
+        assert module.seen == expected.seen  # each loss once, in order, on all ranks
 
     found = fit_pipeline(
         module(), ouroboros(cuts=cuts, **options), devices, max_epochs=2, gradient_clip_val=0.25,
         callbacks=[At(train_end=check)],
     )  # fmt: skip
-    assert equal(found, dict(expected))
+    assert equal(found, dict(expected.state_dict()))
 
 
 def schedule(optimizer: Any) -> Any:
