@@ -148,18 +148,30 @@ class _Sleep(torch.autograd.Function):
 
 
 class Stale:
-    """Our engine on this rank; filled by the first ticks, and never drained between rounds."""
+    """Our engine on this rank, with the stages that the plan gives it; filled at first, never drained between rounds."""
 
     def __init__(
         self, rank: int, plan: StalenessPlan, blocks: Sequence[Sequence[nn.Module]], loss: Callable[..., Tensor],
         batch: tuple[Tensor, Tensor], tag: int, latency: float = 0.0,
     ) -> None:  # fmt: skip
-        layers = {f"{rank}_{i}": layer for i, layer in enumerate(blocks[rank])}
-        finish = (lambda y, t: (loss(y, t), {})) if rank == plan.stages - 1 else None
-        self.stage = Stage(rank, plan, Block(layers), finish)
-        hops = connect(plan, range(plan.stages), rank, Meter(), 120.0, CPU, latency=latency, first_tag=tag)
-        self.worker = Worker(plan, {rank: self.stage}, hops)
-        self.optimizer = torch.optim.SGD(self.stage.block.parameters(), lr=1e-4, momentum=0.9)
+        last = plan.stages - 1
+        stages = {
+            k: Stage(
+                k,
+                plan,
+                Block(
+                    {f"{k}_{i}": layer for i, layer in enumerate(blocks[k])},
+                    loss if k == last and isinstance(loss, nn.Module) else None,
+                ),
+                (lambda y, t: (loss(y, t), {})) if k == last else None,
+            )
+            for k in range(plan.stages)
+            if plan.placement[k] == rank
+        }
+        self.stage = next(iter(stages.values()))
+        hops = connect(plan, plan.placement, rank, Meter(), 120.0, CPU, latency=latency, first_tag=tag)
+        self.worker = Worker(plan, stages, hops)
+        self.optimizer = _sgd(*(stage.block for stage in stages.values()))
         self.batch = batch if rank == 0 else None
         self.run(plan.ticks(1))
 
@@ -171,6 +183,8 @@ class Stale:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.worker.updated()
+            if self.worker.plan.timetable == "barrier" and max(self.worker.plan.staleness):
+                dist.barrier()
 
     def close(self) -> None:
         for _ in range(self.worker.drain_ticks()):
@@ -180,19 +194,21 @@ class Stale:
 
 
 class Flush:
-    """A schedule of torch on this rank."""
+    """A schedule of torch on this rank; what the first and the last rank share is kept equal by the sum of its gradients."""
 
     def __init__(
         self, rank: int, method: Method, blocks: Sequence[Sequence[nn.Module]], loss: Callable[..., Tensor],
-        batch: tuple[Tensor, Tensor],
+        batch: tuple[Tensor, Tensor], shared: Sequence[nn.Parameter] = (),
     ) -> None:  # fmt: skip
+        last = rank == len(blocks) - 1
+        self.shared = shared if rank == 0 or last else ()
         module = nn.Sequential(*blocks[rank])
         stage = pipelining.PipelineStage(_Again(module) if method.again else module, rank, len(blocks), CPU)
         kind = {"gpipe": pipelining.ScheduleGPipe, "1f1b": pipelining.Schedule1F1B}[method.schedule]
         self.schedule = kind(stage, method.pieces, loss_fn=loss)
-        self.optimizer = torch.optim.SGD(module.parameters(), lr=1e-4, momentum=0.9)
+        self.optimizer = _sgd(module, *((loss,) if last and isinstance(loss, nn.Module) else ()))
         self.inputs = (batch[0],) if rank == 0 else ()
-        self.options = {"target": batch[1], "losses": []} if rank == len(blocks) - 1 else {}
+        self.options = {"target": batch[1], "losses": []} if last else {}
         self.run(1)
 
     def run(self, batches: int) -> None:
@@ -200,6 +216,8 @@ class Flush:
             if "losses" in self.options:
                 self.options["losses"] = []
             self.schedule.step(*self.inputs, **self.options)
+            for parameter in self.shared:
+                dist.all_reduce(parameter.grad)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -228,7 +246,8 @@ class Alone:
     ) -> None:
         self.model = nn.Sequential(*(layer for block in blocks for layer in block)) if rank == 0 else None
         self.loss, self.batch = loss, batch
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9) if self.model else None
+        parts = (self.model, *((loss,) if isinstance(loss, nn.Module) else ())) if self.model else ()
+        self.optimizer = _sgd(*parts) if self.model else None
         self.run(1)
 
     def run(self, batches: int) -> None:
@@ -241,6 +260,11 @@ class Alone:
 
     def close(self) -> None:
         pass
+
+
+def _sgd(*modules: nn.Module) -> torch.optim.Optimizer:
+    parameters = dict.fromkeys(p for module in modules for p in module.parameters())
+    return torch.optim.SGD(list(parameters), lr=1e-4, momentum=0.9)
 
 
 def timed(runner: Any, batches: int) -> float:

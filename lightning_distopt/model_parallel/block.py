@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_distopt.model_parallel.structure import map_tensors
 
-__all__ = ["Block", "StatefulLayer", "States", "run_layers"]
+__all__ = ["Block", "StatefulLayer", "States", "as_block", "run_layers"]
 
 States: TypeAlias = dict[str, Any]
 """The state of each stateful layer by name: nests of tensors without graph."""
@@ -60,3 +60,9 @@ class Block(nn.Module):
     def forward(self, x: Any, states: States | None = None) -> tuple[Any, States]:
         """Return the output and the new states of the stateful layers."""
         return run_layers(dict(self.layers.items()), x, states or {})
+
+
+def as_block(module: nn.Module, name: str = "0", loss: nn.Module | None = None) -> Block:
+    """Return a module as a block: the layers of an ``nn.Sequential`` one by one, anything else as one layer called ``name``."""
+    layers = dict(module.named_children()) if isinstance(module, nn.Sequential) else {name: module}
+    return Block(layers, loss)

@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_distopt.model_parallel.staleness import PRESETS, StalenessPlan
-from lightning_distopt.model_parallel.timeline import bubble_fraction, ceiling, period, play
+from lightning_distopt.model_parallel.timeline import bubble_fraction, period, play
 
-__all__ = ["describe", "picture", "run"]
+__all__ = ["Times", "describe", "picture", "run"]
 
 
 def run(args: Sequence[str]) -> int:
@@ -23,6 +24,7 @@ def run(args: Sequence[str]) -> int:
     parser.add_argument("--timetable", choices=["free", "barrier"], help="instead of the plan's")
     parser.add_argument("--ticks", type=int, default=10, help="rows of the table (default: 10)")
     parser.add_argument("--forward", type=float, default=1.0, help="time of one stage's forward (default: 1)")
+    parser.add_argument("--lengths", type=_lengths, help="instead of --forward: of each stage's forward, as in 3,6,3")
     parser.add_argument("--backward", type=float, default=2.0, help="time of its backward, without recomputation (2)")
     parser.add_argument("--latency", type=float, default=0.0, help="time of one hop (default: 0)")
     parser.add_argument("--png", type=Path, default=Path("timeline.png"), help="where the picture goes")
@@ -33,12 +35,13 @@ def run(args: Sequence[str]) -> int:
         plan = StalenessPlan.preset(
             given.plan, stages, forward_delays=given.forward_delays, gradient_delays=given.gradient_delays, **options
         )
+        times = Times.of(plan, given.forward, given.backward, given.lengths)
     except ValueError as error:
         print(f"distopt timeline: {error}", file=sys.stderr)
         return 2
-    print(describe(plan, given.ticks, given.forward, given.backward, given.latency))
+    print(describe(plan, given.ticks, times, given.latency))
     try:
-        picture(plan, given.png, given.ticks, given.forward, given.backward, given.latency)
+        picture(plan, given.png, given.ticks, times, given.latency)
     except ImportError:
         print("\nNo picture: matplotlib is not installed (pip install -e '.[recipes]').")
     else:
@@ -46,9 +49,57 @@ def run(args: Sequence[str]) -> int:
     return 0
 
 
-def describe(plan: StalenessPlan, ticks: int, forward: float = 1.0, backward: float = 2.0, latency: float = 0.0) -> str:
+class Times(NamedTuple):
+    """How long the stages' work takes.
+
+    Attributes:
+        shown: in words.
+        forward: of each stage.
+        backward: of each stage, a second forward included where there is one.
+        whole: of forward and backward of all layers, nothing run twice.
+    """
+
+    shown: str
+    forward: list[float]
+    backward: list[float]
+    whole: float
+
+    @classmethod
+    def of(
+        cls,
+        plan: StalenessPlan,
+        forward: float = 1.0,
+        backward: float = 2.0,
+        lengths: Sequence[float] | None = None,
+    ) -> Times:
+        """Return the times of stages of equal or given lengths.
+
+        Args:
+            plan: says whether layers run twice.
+            forward: of one stage.
+            backward: of one stage, or in forwards where ``lengths`` are given.
+            lengths: of each stage's forward. Then the last stage runs once, as in truth; of equal stages it is as long as the
+                others.
+
+        Raises:
+            ValueError: if there are not as many as stages, or one is not above 0.
+        """
+        K, again = plan.stages, plan.keep == "input" and plan.stages > 1
+        if lengths is None:
+            shown = f"forward {forward:g}, backward {backward:g}"
+            return cls(shown, [forward] * K, [backward + forward * again] * K, K * (forward + backward))
+        if len(lengths) != K or min(lengths) <= 0:
+            raise ValueError(
+                f"`lengths` must be one a stage, above 0: got {list(lengths)} for {K} stages. Give as many."
+            )
+        longer = [length * (backward + (again and k < K - 1)) for k, length in enumerate(lengths)]
+        shown = f"forwards {', '.join(f'{length:g}' for length in lengths)}, backwards {backward:g} x"
+        return cls(shown, list(lengths), longer, sum(lengths) * (1.0 + backward))
+
+
+def describe(plan: StalenessPlan, ticks: int, times: Times | None = None, latency: float = 0.0) -> str:
     """Return the table of a plan and what it costs, in words and numbers."""
-    again = forward if plan.keep == "input" and plan.stages > 1 else 0.0
+    times = times or Times.of(plan)
     batch = 4 * max(plan.staleness) + 4
     lines = [str(plan), "", plan.table(ticks), ""]
     lines.append("stage  worker  staleness  first update  stored inputs  weight versions  forward of b reads")
@@ -60,22 +111,22 @@ def describe(plan: StalenessPlan, ticks: int, forward: float = 1.0, backward: fl
         cells = (k, plan.placement[k], plan.staleness[k], f"tick {plan.first_update(k)}", plan.stored_inputs(k))
         row = f"{cells[0]:>5}  {cells[1]:>6}  {cells[2]:>9}  {cells[3]:>12}  {cells[4]:>13}  {plan.weight_versions(k):>15}"
         lines.append(f"{row}  {version}")
-    time = period(plan, forward, backward + again, latency)
-    naive = plan.stages * (forward + backward) + 2 * latency * (plan.stages - 1)
-    paid = ", recomputation paid" if again else ""
+    time = period(plan, times.forward, times.backward, latency)
+    naive = times.whole + 2 * latency * (plan.stages - 1)
+    paid = ", recomputation paid" if plan.keep == "input" and plan.stages > 1 else ""
+    without = times.whole / period(plan, times.forward, times.backward)
     lines += [
         "",
-        f"time a batch: {time:.3g} (forward {forward:g}, backward {backward:g}{paid}, latency {latency:g}; "
-        f"{plan.timetable} timetable)",
+        f"time a batch: {time:.3g} ({times.shown}{paid}, latency {latency:g}; {plan.timetable} timetable)",
         f"at most {naive / time:.2f} x naive model parallelism on as many devices"
-        + (f" ({ceiling(plan, backward / forward):.2f} without latency)" if latency else ""),
-        f"idle in a drained run of 100 batches: {100 * bubble_fraction(plan, 100, forward, backward + again):.1f} %",
+        + (f" ({without:.2f} without latency)" if latency else ""),
+        f"idle in a drained run of 100 batches: {100 * bubble_fraction(plan, 100, times.forward, times.backward):.1f} %",
     ]
     return "\n".join(lines)
 
 
 def picture(
-    plan: StalenessPlan, path: Path, batches: int = 8, forward: float = 1.0, backward: float = 2.0, latency: float = 0.0
+    plan: StalenessPlan, path: Path, batches: int = 8, times: Times | None = None, latency: float = 0.0
 ) -> None:
     """Draw who works when: one row a worker, one colour a batch, backwards hatched.
 
@@ -85,8 +136,8 @@ def picture(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    again = forward if plan.keep == "input" and plan.stages > 1 else 0.0
-    spans = play(plan, batches, forward, backward + again, latency)
+    times = times or Times.of(plan)
+    spans = play(plan, batches, times.forward, times.backward, latency)
     figure = Figure(
         figsize=(max(6.0, 0.28 * max(s.end for s in spans)), 0.8 + 0.5 * plan.workers), layout="constrained"
     )
@@ -104,6 +155,10 @@ def picture(
     axes.set_xlabel("time")
     axes.set_title(f"{plan}, {plan.timetable} timetable")
     figure.savefig(path, dpi=120)
+
+
+def _lengths(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part.strip()]
 
 
 def _numbers(text: str) -> list[int]:

@@ -19,7 +19,7 @@ from torch import nn
 from lightning_distopt.model_parallel.block import run_layers
 from lightning_distopt.model_parallel.structure import flatten, map_tensors
 
-__all__ = ["LayerCost", "Partition", "balance", "costs_by_parameters", "measure", "shared_parameters"]
+__all__ = ["LayerCost", "Partition", "balance", "costs_by_parameters", "measure"]
 
 
 @dataclass(frozen=True)
@@ -185,20 +185,6 @@ def _time(name: str, layer: nn.Module, x: Any) -> float:
     if outputs and inputs:
         torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs], allow_unused=True)
     return time.perf_counter() - begin
-
-
-def shared_parameters(blocks: Sequence[nn.Module]) -> list[list[tuple[int, str]]]:
-    """Return the parameters that several blocks share: for each, its (block, name) pairs."""
-    places: dict[int, list[tuple[int, str]]] = {}
-    for index, block in enumerate(blocks):
-        seen: set[int] = set()
-        for name, parameter in block.named_parameters():
-            # By storage, so that a view of the same memory counts as well.
-            key = parameter.untyped_storage().data_ptr() or id(parameter)
-            if key not in seen:
-                seen.add(key)
-                places.setdefault(key, []).append((index, name))
-    return [found for found in places.values() if len(found) > 1]
 
 
 def _even(layers: int, stages: int) -> list[int]:

@@ -101,7 +101,7 @@ class Stage:
             x: input; owned by the stage from here on.
             target: kept by the last stage.
         """
-        version = self.plan.forward_version(self.index, batch)
+        version = self._newest(batch)
         kept = _Kept(batch, version, x, self.states, target)
         y = None
         if self._graphs:
@@ -181,13 +181,13 @@ class Stage:
         """Run the layers again, with a graph; in the last stage for the first time, and the loss after them."""
         spec, tensors = flatten(kept.x)
         inputs = [t.detach().requires_grad_(self.index > 0 and t.is_floating_point()) for t in tensors]
-        version = self.plan.backward_version(self.index, kept.batch)
+        version = self.stash.live if self.plan.backward_weights == "current" else kept.version
         live = version == self.stash.live
         leaves: dict[str, Tensor] = {**self.parameters} if live else self.stash.leaves(version)
         first = self.last or self.bn_update != "forward"
         replaced = {**({} if live else leaves), **({} if first else self._copies())}
         figures: dict[str, Tensor] = {}
-        with torch.enable_grad(), self._random(kept.batch):
+        with torch.enable_grad(), self._random(kept.batch, again=not self.last):
             y, states = _call(self.block, replaced, unflatten(spec, inputs), kept.states)
             if self.last:
                 self.states = states
@@ -217,17 +217,24 @@ class Stage:
         return self.count >= self.plan.accumulate
 
     def take(self) -> dict[nn.Parameter, Tensor]:
-        """Return the mean gradients of the update that is due, and make room for the next weights."""
+        """Return the mean gradients of the update that is due."""
         a = self.plan.accumulate
         gradients = {p: g / a if a > 1 else g for p, g in self.sums.items()}
         self.sums, self.count = {}, 0
+        return gradients
+
+    def make_room(self) -> None:
+        """Keep what is needed of the weights that are about to be updated, by this stage or by one that shares some of them."""
         if self.plan.backward_weights == "stashed":
             self.stash.before_update(self._oldest())
-        return gradients
 
     def updated(self) -> None:
         """Count the update."""
         self.stash.after_update()
+
+    def _newest(self, batch: int) -> int:
+        """Return the version that a forward reads; only the stash can count where others update shared weights, too."""
+        return self.stash.live if self.plan.versions == "newest" else self.plan.forward_version(self.index, batch)
 
     def _oldest(self) -> int | None:
         """Return the lowest version that will be read again, but for the next one."""
@@ -249,12 +256,11 @@ class Stage:
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
-    def _random(self, batch: int) -> AbstractContextManager[None]:
-        return (
-            keyed_random(self.seed, self.index, self.base + batch, self.device)
-            if self.block.training
-            else nullcontext()
-        )
+    def _random(self, batch: int, again: bool = False) -> AbstractContextManager[None]:
+        if not self.block.training:
+            return nullcontext()
+        stream = self.index + (self.plan.stages if again and not self.plan.repeatable_dropout else 0)
+        return keyed_random(self.seed, stream, self.base + batch, self.device)
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: buffer.clone() for name, buffer in self.block.named_buffers()}

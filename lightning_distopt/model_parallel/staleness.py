@@ -28,12 +28,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
-__all__ = ["PRESETS", "BackwardWeights", "Cell", "Keep", "StalenessPlan", "Timetable", "Versions"]
+__all__ = ["PRESETS", "BackwardWeights", "Cell", "Keep", "StalenessPlan", "TiedGrad", "Timetable", "Versions", "Work"]
 
 Timetable = Literal["free", "barrier"]
 BackwardWeights = Literal["current", "stashed"]
 Keep = Literal["input", "graph"]
 Versions = Literal["newest", "vertical", "double_buffered"]
+TiedGrad = Literal["sum", "mean"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # hop: delay of an activation, delay of a gradient
@@ -59,6 +60,13 @@ class Cell(NamedTuple):
     backward: int | None
 
 
+class Work(NamedTuple):
+    """A piece of a worker's tick: "F" or "B" of a stage."""
+
+    kind: Literal["F", "B"]
+    stage: int
+
+
 @dataclass(frozen=True)
 class StalenessPlan:
     """Delays and weights of a pipeline with stale gradients, as data.
@@ -77,6 +85,10 @@ class StalenessPlan:
             PipeDream-2BW).
         accumulate: batches whose mean gradient makes one update, >= 1.
         placement: worker of each stage; default one worker a stage. Ouroboros: first and last stage on worker 0.
+        tied_grad: gradient of a parameter that several stages of a worker share: the "sum" of the parts that the stages bring
+            in a tick (without staleness the true gradient), or their "mean". A part that is not there (fill, drain) does not
+            count.
+        repeatable_dropout: a second forward draws the random numbers of the first; ``False`` draws others, as an ablation.
         name: for messages and figures.
 
     Raises:
@@ -101,6 +113,8 @@ class StalenessPlan:
     versions: Versions = "newest"
     accumulate: int = 1
     placement: tuple[int, ...] = field(default=())
+    tied_grad: TiedGrad = "sum"
+    repeatable_dropout: bool = True
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -115,6 +129,7 @@ class StalenessPlan:
             ("backward_weights", self.backward_weights, BackwardWeights),
             ("keep", self.keep, Keep),
             ("versions", self.versions, Versions),
+            ("tied_grad", self.tied_grad, TiedGrad),
         ):
             if value not in get_args(literal):
                 raise ValueError(f"`{name}` must be one of {get_args(literal)}: got {value!r}. Choose one of these.")
@@ -288,6 +303,26 @@ class StalenessPlan:
         return most
 
     # ---- what happens when ------------------------------------------------------------------------------------------
+
+    def work(self, worker: int) -> tuple[Work, ...]:
+        """Return a worker's pieces of a tick in order; none of them reads what another one of the same tick has updated.
+
+        Forwards rise, then backwards fall. With ``timetable="free"`` a worker of several stages does not sit and wait for the
+        activation of a later one: before it comes the backward of an earlier one, whose error gradient was sent in an earlier
+        tick. (It is always there first: who sends the activation in this tick has waited for work that came after it.)
+
+            Ouroboros, worker 0 of K = 3      free:  F0 B0 F2 B2      barrier:  F0 F2 B2 B0
+        """
+        mine = [stage for stage in range(self.stages) if self.placement[stage] == worker]
+        rest = [Work("B", stage) for stage in reversed(mine)]
+        order: list[Work] = []
+        for stage in mine:
+            if self.timetable == "free" and stage > 0 and self.forward_delays[stage - 1] == 0:
+                early = [w for w in rest if w.stage < stage and self.gradient_delays[w.stage] > 0]
+                order += early
+                rest = [w for w in rest if w not in early]
+            order.append(Work("F", stage))
+        return (*order, *rest)
 
     def cells(self, ticks: int, batches: int | None = None) -> Iterable[Cell]:
         """Yield what every stage does, tick by tick; with ``batches``, nothing enters after the last of them."""

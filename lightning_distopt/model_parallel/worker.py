@@ -1,10 +1,13 @@
-"""One worker's tick: forwards of its stages in order, backwards in reverse, then one update.
+"""One worker's tick: forwards of its stages, backwards, then one update of all that it has.
 
     tick t     for k of mine, rising:    F of batch t - P_k           from channel k-1 -> k, to channel k -> k+1
                for k of mine, falling:   B of batch t - P_k - m_k     from channel k+1 -> k, to channel k -> k-1
                U if a B completed a group                             by whoever owns the optimizer
 
-A worker waits for nothing but the message that its next piece of work needs.
+``StalenessPlan.work`` says how F and B mix where a worker has several stages. A worker waits for nothing but the message that
+its next piece of work needs. Stages of one worker may share parameters:
+
+    V.grad = sum of the parts that the stages bring in this tick:  head, batch t   +   input, batch t - (K - 1)
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class Worker:
         tick: ticks since the last drained state.
         batches: batches that ended before it.
         busy: seconds of forwards and backwards so far.
+        newest_updated: whether the last update has gradients of the worker's last stage, the least stale one.
     """
 
     def __init__(
@@ -74,9 +78,13 @@ class Worker:
         self.tick = 0
         self.batches = 0
         self.busy = 0.0
+        self.newest_updated = False
         self._limit: int | None = None
         self._fresh: set[int] = set()
         self._due: Sequence[Stage] = ()
+        held = {k: {id(p) for p in stage.parameters.values()} for k, stage in self.stages.items()}
+        self._ties = {k: [j for j in held if j != k and held[j] & held[k]] for k in held}
+        self._work = [work for work in plan.work(plan.placement[min(self.stages)]) if work.stage in self.stages]
 
     def run_tick(self, batch: tuple[Any, Any] | None = None) -> Tick:
         """Do one tick's forwards and backwards.
@@ -84,11 +92,12 @@ class Worker:
         Args:
             batch: input and target of the batch that enters; only read by the worker of stage 0.
         """
-        for index in self.stages:
-            self.forward(index, batch)
         figures: dict[int, dict[str, Tensor]] = {}
-        for index in reversed(self.stages):
-            figures |= self.backward(index)
+        for kind, index in self._work:
+            if kind == "F":
+                self.forward(index, batch)
+            else:
+                figures |= self.backward(index)
         return Tick(figures, self.end_tick())
 
     def forward(self, index: int, batch: tuple[Any, Any] | None = None) -> None:
@@ -98,11 +107,15 @@ class Worker:
             self._forward(index, self.stages[index], number, batch)
 
     def backward(self, index: int) -> dict[int, dict[str, Tensor]]:
-        """Do the backward of one stage in this tick, if it has one; return the figures that came with it, by batch."""
+        """Do the backward of one stage in this tick, if it has one; return the figures that came with it, by batch.
+
+        The last stage of a worker hears of a batch first; what its other stages hear later is not told again.
+        """
         number = self.plan.backward_batch(index, self.tick)
         if not self._runs(number):
             return {}
-        return {self.batches + number: self._backward(index, self.stages[index], number)}
+        figures = self._backward(index, self.stages[index], number)
+        return {self.batches + number: figures} if index == max(self.stages) else {}
 
     def end_tick(self) -> dict[nn.Parameter, Tensor] | None:
         """Return the gradients of the update that is due, if one is."""
@@ -142,14 +155,25 @@ class Worker:
 
     def _updates(self) -> dict[nn.Parameter, Tensor] | None:
         due = [stage for stage in self.stages.values() if stage.due]
-        if not due:
-            return None
-        updates: dict[nn.Parameter, Tensor] = {}
+        return self._gathered(due) if due else None
+
+    def _gathered(self, due: Sequence[Stage]) -> dict[nn.Parameter, Tensor]:
+        parts: dict[nn.Parameter, list[Tensor]] = {}
         for stage in due:
             for parameter, gradient in stage.take().items():
-                updates[parameter] = updates[parameter] + gradient if parameter in updates else gradient
-        self._due = due
-        return updates
+                parts.setdefault(parameter, []).append(gradient)
+        changed = {k for stage in due for k in (stage.index, *self._ties[stage.index])}
+        self._due = [stage for k, stage in self.stages.items() if k in changed]
+        for stage in self._due:
+            stage.make_room()
+        self.newest_updated = any(stage.index == max(self.stages) for stage in due)
+        return {parameter: self._joined(several) for parameter, several in parts.items()}
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total / len(parts) if self.plan.tied_grad == "mean" and len(parts) > 1 else total
 
     def updated(self) -> None:
         """Count the update whose gradients the last tick returned."""
@@ -184,12 +208,7 @@ class Worker:
     def take_rest(self) -> dict[nn.Parameter, Tensor] | None:
         """Return the gradients of a last group that is not full, over the full number; ``None`` if there is none."""
         rest = [stage for stage in self.stages.values() if stage.count]
-        updates: dict[nn.Parameter, Tensor] = {}
-        for stage in rest:
-            for parameter, gradient in stage.take().items():
-                updates[parameter] = updates[parameter] + gradient if parameter in updates else gradient
-        self._due = rest
-        return updates if rest else None
+        return self._gathered(rest) if rest else None
 
     def restart(self) -> None:
         """Number ticks from zero again, after a drain."""

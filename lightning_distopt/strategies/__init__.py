@@ -2,9 +2,11 @@
 
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_distopt.strategies.dsp import DSPStrategy
+from lightning_distopt.strategies.ouroboros import OuroborosStrategy
 from lightning_distopt.strategies.pipeline import PipelineStrategy
 from lightning_distopt.strategies.registry import StrategyRecord, list_strategies, register
-from lightning_distopt.strategies.stale_pipeline import DSPStrategy, StalePipelineStrategy
+from lightning_distopt.strategies.stale_pipeline import StalePipelineStrategy
 from lightning_distopt.strategies.whole import newest_whole_checkpoint
 from lightning_distopt.strategies.zo_ddp import ZeroOrderDDPStrategy
 
@@ -12,6 +14,7 @@ __all__ = [
     "AutoCompressedDDPStrategy",
     "CompressedDDPStrategy",
     "DSPStrategy",
+    "OuroborosStrategy",
     "PipelineStrategy",
     "StalePipelineStrategy",
     "StrategyRecord",

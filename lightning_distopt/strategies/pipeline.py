@@ -15,11 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_distopt.compressors import Compressor, Specification
 from lightning_distopt.model_parallel.block import Block
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of, stateful_names
-from lightning_distopt.model_parallel.partition import shared_parameters
-from lightning_distopt.model_parallel.replicas import ReplicaFeedback
+from lightning_distopt.model_parallel.ties import find_ties
 from lightning_distopt.model_parallel.transport import Channel, Endpoint, Receiver, Sender
 from lightning_distopt.strategies.checks import choice, count
 from lightning_distopt.strategies.no_data import NO_BATCH
@@ -71,13 +69,8 @@ class PipelineStrategy(StagedStrategy):
         schedule: "1f1b" (few activations alive), "gpipe", "interleaved" (each device has several blocks), "zero_bubble" (two
             blocks a device in a V, backward split in two), "interleaved_zero_bubble".
         chunks_per_device: blocks a device of the interleaved schedules, >= 2.
-        cuts: index of the first layer of every block but the first; ``None`` balances.
-        balance: by what: measured "time" (needs ``example_input_array``), "parameters", "layers"; "auto" is "time" where there is
-            an example, else "parameters".
-        memory_limit_mb: most megabytes of parameters in one block; ``None`` is no limit.
-        compressor: of gradients between replicas, as in ``CompressedDDPStrategy``; ``None`` sends them as they are.
-        error_feedback: between replicas, "gradient" or "none"; ``None`` is "gradient" where the compressor needs it.
-        **process_group: ``start_method``, ``timeout`` (seconds), ``process_group_backend``.
+        **options: of all pipelines: ``cuts``, ``balance``, ``memory_limit_mb``, ``compressor``, ``error_feedback``,
+            ``start_method``, ``timeout`` (seconds), ``process_group_backend``; see ``StagedStrategy``.
 
     Raises:
         ValueError: for values that cannot work, with the cure.
@@ -92,14 +85,9 @@ class PipelineStrategy(StagedStrategy):
         microbatches: int | None = None,
         schedule: ScheduleName = "1f1b",
         chunks_per_device: int = 2,
-        cuts: Sequence[int] | None = None,
-        balance: Literal["auto", "time", "parameters", "layers"] = "auto",
-        memory_limit_mb: float | None = None,
-        compressor: Compressor | Specification | str | None = None,
-        error_feedback: ReplicaFeedback | None = None,
-        **process_group: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(cuts, balance, memory_limit_mb, compressor, error_feedback, **process_group)
+        super().__init__(**options)
         self.schedule: ScheduleName = choice("schedule", schedule, ScheduleName)
         self.devices = None if stages is None else count("stages", stages, 1)
         self.microbatches = None if microbatches is None else count("microbatches", microbatches, 1)
@@ -163,7 +151,7 @@ class PipelineStrategy(StagedStrategy):
     def _check_shared(self, blocks: Sequence[Block]) -> None:
         """Keep what several processes share equal: same start here, summed gradients in every step."""
         self._ties = []
-        for places in shared_parameters(blocks):
+        for places in find_ties([dict(block.named_parameters()) for block in blocks]):
             workers = sorted({self.placement[stage] for stage, _ in places})
             if len(workers) == 1:
                 continue

@@ -9,8 +9,10 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_distopt.strategies.dsp import DSPStrategy
+from lightning_distopt.strategies.ouroboros import OuroborosStrategy
 from lightning_distopt.strategies.pipeline import PipelineStrategy
-from lightning_distopt.strategies.stale_pipeline import DSPStrategy, StalePipelineStrategy
+from lightning_distopt.strategies.stale_pipeline import StalePipelineStrategy
 from lightning_distopt.strategies.zo_ddp import ZeroOrderDDPStrategy
 
 __all__ = ["StrategyRecord", "StrategyTable", "list_strategies", "register"]
@@ -116,6 +118,9 @@ _METHODS = (
     _pipeline("pipedream", "arXiv:1806.03377", "pipeline without flush, weights of each forward kept", "pipedream"),
     _pipeline("pipedream_2bw", "arXiv:2006.09503", "pipeline without flush, two weight versions", "pipedream_2bw"),
     StrategyRecord("dsp", "arXiv:1909.02625", "pipeline whose every hop is a queue, one weight version", DSPStrategy),
+    StrategyRecord(
+        "ouroboros", "arXiv:1909.06695", "pipeline whose ends share a device and tied embeddings", OuroborosStrategy
+    ),
 )
 _LAUNCHERS = {
     "": ("popen", "one process a device, started by running the script again"),

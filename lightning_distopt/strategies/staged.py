@@ -27,13 +27,7 @@ from lightning_distopt.compressors.text import as_compressor
 from lightning_distopt.exchange import Meter
 from lightning_distopt.model_parallel.block import Block, States
 from lightning_distopt.model_parallel.layered import LayeredModule, batch_size_of, checked_layers, loss_of
-from lightning_distopt.model_parallel.partition import (
-    Partition,
-    balance,
-    costs_by_parameters,
-    measure,
-    shared_parameters,
-)
+from lightning_distopt.model_parallel.partition import Partition, balance, costs_by_parameters, measure
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback, ReplicaMean
 from lightning_distopt.model_parallel.structure import map_tensors
 from lightning_distopt.model_parallel.transport import Channel, Endpoint, LocalChannel, Receiver, Sender
@@ -65,7 +59,7 @@ class StagedStrategy(StageGroups):
             "time" where there is an example, else "parameters".
         memory_limit_mb: most megabytes of parameters in one stage; ``None`` is no limit.
         compressor: of gradients between replicas, as in ``CompressedDDPStrategy``; ``None`` sends them as they are.
-        error_feedback: "gradient" or "none"; ``None`` is "gradient" where the compressor needs it.
+        error_feedback: between replicas, "gradient" or "none"; ``None`` is "gradient" where the compressor needs it.
         **process_group: see :class:`ProcessGroupStrategy`.
     """
 
@@ -154,6 +148,12 @@ class StagedStrategy(StageGroups):
                 f"`cuts` must have one entry less than stages: got {list(self.cuts)} for {self.stages} stages. Write for example "
                 f"{[len(names) * k // self.stages for k in range(1, self.stages)]}."
             )
+        if len(names) < self.stages:
+            most = max(1, len(names) * self.workers // self.stages)
+            raise ValueError(
+                f"`devices` must leave every stage a layer: got {self.stages} stages on {self.workers} devices for {len(names)} "
+                f"layers. Use at most {most} of them for a copy of the model, or split `self.layers` finer."
+            )
         found = None
         if self.global_rank == 0:
             found = self._balanced(module, layers) if self.cuts is None else (self.cuts, costs_by_parameters(layers))
@@ -176,14 +176,8 @@ class StagedStrategy(StageGroups):
         rank_zero_info(f"{type(self).__name__}: {self.stages} stages\n{self.partition.table()}")
 
     def _balanced(self, module: LayeredModule, layers: Mapping[str, nn.Module]) -> tuple[tuple[int, ...], Any]:
-        example = module.example_input_array
-        by_time = self.balance == "time" or (self.balance == "auto" and example is not None)
-        if by_time and example is None:
-            raise MisconfigurationException(
-                "`balance='time'` needs an input to measure with: got no `example_input_array`. Set it in the module, or use "
-                "`balance='parameters'`."
-            )
-        costs = measure(layers, example) if by_time else costs_by_parameters(layers)
+        by_time = self._by_time(module)
+        costs = measure(layers, module.example_input_array) if by_time else costs_by_parameters(layers)
         weights = [c.milliseconds for c in costs] if by_time else [float(c.parameters) for c in costs]
         if self.balance == "layers":
             weights = [1.0] * len(costs)
@@ -191,15 +185,23 @@ class StagedStrategy(StageGroups):
         limit = None if self.memory_limit_mb is None else self.memory_limit_mb * 2**20
         return balance(weights, self.stages, memory, limit), costs
 
+    def _by_time(self, module: LayeredModule) -> bool:
+        """Whether layers are balanced by measured time.
+
+        Raises:
+            MisconfigurationException: if that was asked for and there is nothing to measure with.
+        """
+        example = module.example_input_array
+        if self.balance == "time" and example is None:
+            raise MisconfigurationException(
+                "`balance='time'` needs an input to measure with: got no `example_input_array`. Set it in the module, or use "
+                "`balance='parameters'`."
+            )
+        return self.balance == "time" or (self.balance == "auto" and example is not None)
+
     def _check_shared(self, blocks: Sequence[Block]) -> None:
-        for places in shared_parameters(blocks):
-            owners = {self.placement[stage] for stage, _ in places}
-            if len(owners) > 1:
-                names = " and ".join(f"`{name}` (stage {stage})" for stage, name in places)
-                raise MisconfigurationException(
-                    f"Stages on different processes share a parameter: {names}. Cut elsewhere, or place these stages on one "
-                    "process; each would go its own way otherwise."
-                )
+        """Refuse, or prepare for, parameters that several stages share."""
+        raise NotImplementedError
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -369,8 +371,10 @@ class StagedStrategy(StageGroups):
         """Let every process have the whole model: owners broadcast their layers."""
         if self.workers == 1 or not self.blocks:
             return
+        sent: set[int] = set()
         for stage, block in self._every.items():
-            tensors = [t for t in (*block.parameters(), *block.buffers()) if t.numel()]
+            tensors = [t for t in (*block.parameters(), *block.buffers()) if t.numel() and id(t) not in sent]
+            sent.update(map(id, tensors))  # what several stages share is the same parameter in each process
             for tensor in tensors:
                 value = tensor.detach().to(self.root_device).contiguous()
                 dist.broadcast(value, self.rank_of(stage), group=self._pipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,30 +14,31 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_distopt.compressors import Compressor, Specification
 from lightning_distopt.errors import NonFiniteError
+from lightning_distopt.model_parallel.block import Block, States
 from lightning_distopt.model_parallel.connect import connect, settle
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of
-from lightning_distopt.model_parallel.replicas import ReplicaFeedback
 from lightning_distopt.model_parallel.stage import BnUpdate, Stage
 from lightning_distopt.model_parallel.staleness import StalenessPlan
+from lightning_distopt.model_parallel.structure import map_tensors
+from lightning_distopt.model_parallel.ties import refuse_ties
 from lightning_distopt.model_parallel.trace import Trace, chrome_trace
 from lightning_distopt.model_parallel.worker import Worker, deposit, finite
 from lightning_distopt.strategies.checks import choice, count, flag, positive
 from lightning_distopt.strategies.compat import silence_sigterm_broadcast
 from lightning_distopt.strategies.no_data import NO_BATCH
 from lightning_distopt.strategies.pipeline_monitor import PipelineMonitor
+from lightning_distopt.strategies.schedule_clock import ScheduleClock
 from lightning_distopt.strategies.staged import StagedStrategy
 
-__all__ = ["DSPStrategy", "NonFinite", "StalePipelineStrategy"]
+__all__ = ["NonFinite", "StalePipelineStrategy"]
 
 NonFinite = Literal["skip", "raise"]
 _KEY = "lightning_distopt_pipeline"
-_NEVER = 2**62  # a frequency at which Lightning steps no scheduler
 
 
 class StalePipelineStrategy(StagedStrategy):
@@ -59,7 +59,7 @@ class StalePipelineStrategy(StagedStrategy):
 
     Args:
         plan: a ``StalenessPlan``, or its name: "naive", "ddg", "features_replay", "pipedream", "pipedream_2bw", "dsp",
-            "dsp(p;m)".
+            "ouroboros", "dsp(p;m)".
         stages: of a plan given by its name; ``None`` is as many as devices. With fewer there are ``devices / stages`` replicas of
             each stage, which average their gradients; samplers share out the data among them.
         accumulate: batches whose mean gradient makes one update, >= 1; ``None`` leaves it to the plan. Fewer updates mean fewer
@@ -72,13 +72,9 @@ class StalePipelineStrategy(StagedStrategy):
         non_finite: what a stage does whose gradient is not finite: "skip" its own update (counted in ``skipped``) or "raise".
         trace: keep the times of all work of the fit, for ``strategy.save_trace(path)``.
         latency_ms: delay added to every message, for experiments, in milliseconds.
-        cuts: index of the first layer of every stage but the first; ``None`` balances.
-        balance: by what: measured "time" (needs ``example_input_array``), "parameters", "layers"; "auto" is "time" where there is
-            an example, else "parameters".
-        memory_limit_mb: most megabytes of parameters in one stage; ``None`` is no limit.
-        compressor: of gradients between replicas, as in ``CompressedDDPStrategy``; ``None`` sends them as they are.
-        error_feedback: between replicas, "gradient" or "none"; ``None`` is "gradient" where the compressor needs it.
-        **process_group: ``start_method``, ``timeout`` (seconds a stage waits for its neighbour), ``process_group_backend``.
+        **options: of all pipelines: ``cuts``, ``balance``, ``memory_limit_mb``, ``compressor``, ``error_feedback``,
+            ``start_method``, ``timeout`` (seconds a stage waits for its neighbour), ``process_group_backend``; see
+            ``StagedStrategy``.
 
     Raises:
         ValueError: for values that cannot work, with the cure.
@@ -100,18 +96,13 @@ class StalePipelineStrategy(StagedStrategy):
         non_finite: NonFinite = "skip",
         trace: bool = False,
         latency_ms: float = 0.0,
-        cuts: Sequence[int] | None = None,
-        balance: Literal["auto", "time", "parameters", "layers"] = "auto",
-        memory_limit_mb: float | None = None,
-        compressor: Compressor | Specification | str | None = None,
-        error_feedback: ReplicaFeedback | None = None,
-        **process_group: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(cuts, balance, memory_limit_mb, compressor, error_feedback, **process_group)
+        super().__init__(**options)
         self._stages_asked = None if stages is None else count("stages", stages, 1)
         self._plan_or_name = plan
-        options = {"accumulate": accumulate, "timetable": timetable}
-        self._options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        asked = {"accumulate": accumulate, "timetable": timetable}
+        self._options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         if isinstance(plan, str) and "(" not in plan:
             StalenessPlan.preset(plan, 4, **{**self._options, **({"accumulate": 64} if accumulate else {})})
         else:
@@ -123,16 +114,13 @@ class StalePipelineStrategy(StagedStrategy):
         self.latency_ms = positive("latency_ms", latency_ms) if latency_ms else 0.0
         self.trace = Trace() if trace else None
         self.skipped = 0
-        self.updates = 0
+        self.clock = ScheduleClock()
         self.engine: Worker | None = None
         self.figures: dict[int, dict[str, Tensor]] = {}
         self.batch_size = 1
         self._plan: StalenessPlan | None = None
         self._deposits: dict[nn.Parameter, Tensor] | None = None
         self._loss = torch.zeros(())
-        self._schedulers: list[tuple[LRSchedulerConfig, int]] = []
-        self._epoch_ends: deque[int] = deque()
-        self._epochs = 0
         self._epoch_is_over = False
         self._modes: dict[nn.Module, bool] = {}
 
@@ -162,6 +150,12 @@ class StalePipelineStrategy(StagedStrategy):
     @property
     def placement(self) -> tuple[int, ...]:
         return self.plan.placement
+
+    def _check_shared(self, blocks: Sequence[Block]) -> None:
+        try:
+            refuse_ties(self.plan, [dict(block.named_parameters()) for block in blocks])
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
 
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
@@ -201,17 +195,12 @@ class StalePipelineStrategy(StagedStrategy):
         }
         record = self.trace.add if self.trace is not None else None
         self.engine = Worker(plan, stages, hops, self.precision_plugin.train_step_context, record)
-        self.skipped = self.updates = self._epochs = 0
-        self._epoch_ends.clear()
+        self.skipped = 0
         self.figures = {}
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        self._schedulers = []
-        for config in self.lr_scheduler_configs:
-            if not config.reduce_on_plateau:  # those look at what validation brings, after a drain
-                self._schedulers.append((config, config.frequency))
-                config.frequency = _NEVER
+        self.clock = ScheduleClock(self.lr_scheduler_configs)
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -231,7 +220,7 @@ class StalePipelineStrategy(StagedStrategy):
         trainer = self._module.trainer
         self._epoch_is_over = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
         if self._epoch_is_over:
-            self._epoch_ends.append(self.engine.batches + self.engine.tick)
+            self.clock.epoch_ends_with(self.engine.batches + self.engine.tick)
         if self.engine.tick == 0 or batch_idx == 0:
             self._modes = {module: module.training for block in self.blocks.values() for module in block.modules()}
         if batch_idx == 0:
@@ -292,8 +281,11 @@ class StalePipelineStrategy(StagedStrategy):
             self._not_finite()
         optimizer.zero_grad()
         self.engine.updated()
-        self.updates += 1
-        self._step_schedulers()
+        self.clock.updated(
+            max(self.engine.learned(), default=-1),
+            lambda scheduler: self._module.lr_scheduler_step(scheduler, None),
+            counts=self.engine.newest_updated,
+        )
 
     def _not_finite(self) -> None:
         self.skipped += 1
@@ -323,6 +315,11 @@ class StalePipelineStrategy(StagedStrategy):
                 group["lr"] = rate
 
     @property
+    def updates(self) -> int:
+        """Updates of this device so far; of its least stale stage, where it has several."""
+        return self.clock.updates
+
+    @property
     def rate_factor(self) -> float:
         """What this worker's learning rate is multiplied by in the next update; 1 without rescheduling."""
         if not self.lr_rescale_steps:
@@ -330,22 +327,6 @@ class StalePipelineStrategy(StagedStrategy):
         late = max(self.plan.staleness[k] for k in self.blocks)
         tau = max(1.0, late / self.plan.accumulate)
         return float(tau ** -(1.0 - min(self.updates / self.lr_rescale_steps, 1.0)))
-
-    def _step_schedulers(self) -> None:
-        assert self.engine is not None
-        learned = max(self.engine.learned(), default=-1)
-        ended = 0
-        while self._epoch_ends and self._epoch_ends[0] <= learned:
-            self._epoch_ends.popleft()
-            ended += 1
-        for config, frequency in self._schedulers:
-            if config.interval == "step" and self.updates % frequency == 0:
-                self._module.lr_scheduler_step(config.scheduler, None)
-            elif config.interval == "epoch":
-                for epoch in range(self._epochs + 1, self._epochs + ended + 1):
-                    if epoch % frequency == 0:
-                        self._module.lr_scheduler_step(config.scheduler, None)
-        self._epochs += ended
 
     # ---- drain ------------------------------------------------------------------------------------------------------
 
@@ -404,53 +385,38 @@ class StalePipelineStrategy(StagedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if self.engine is not None and "optimizer_states" in checkpoint:
-            checkpoint[_KEY] = {"batches": self.engine.batches, "updates": self.updates, "epochs": self._epochs}
+            checkpoint[_KEY] = {"batches": self.engine.batches, "updates": self.updates, "epochs": self.clock.epochs}
+            if not self._epoch_is_over:  # the next epoch begins with none
+                checkpoint[_KEY]["states"] = self._gathered_states(self.engine)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         saved = checkpoint.get(_KEY)
         if saved and self.engine is not None:
-            self.engine.batches, self.updates, self._epochs = saved["batches"], saved["updates"], saved["epochs"]
+            self.engine.batches = saved["batches"]
+            self.clock.updates, self.clock.epochs = saved["updates"], saved["epochs"]
             self.engine.restart()
+            states = saved.get("states", [])
+            if len(states) == self.replicas:
+                for stage in self.engine.stages.values():
+                    mine = {
+                        name: states[self.replica][name] for name in stage.block.layers if name in states[self.replica]
+                    }
+                    stage.states = map_tensors(lambda t: t.to(self.root_device), mine)
+
+    def _gathered_states(self, engine: Worker) -> list[States]:
+        """Return the states of stateful layers by name, one dictionary a replica, so that any cut can go on with them."""
+        own = {name: state for stage in engine.stages.values() for name, state in stage.states.items()}
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, (self.replica, map_tensors(lambda t: t.cpu(), own)))
+        merged: list[States] = [{} for _ in range(self.replicas)]
+        for replica, part in parts:
+            merged[replica].update(part)
+        return merged
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         from lightning_distopt.strategies.registry import register
 
         register(strategy_registry)
-
-
-class DSPStrategy(StalePipelineStrategy):
-    """Diversely stale parameters: a pipeline whose every hop is a queue, with one weight version a device.
-
-    Each device forwards, recomputes and back-propagates with its own newest weights; the longer the way of a batch, the
-    older what it brings. ``DSPStrategy()`` is DSP(1,1,..,0; ..,4,2,0): one tick a hop and direction.
-
-    Args:
-        forward_delays: ticks of each hop's activations, stages - 1 integers >= 0; ``None`` is 1 each.
-        gradient_delays: ticks of each hop's gradients, stages - 1 integers >= 0; ``None`` is 1 each.
-        staleness: of each stage, falling to 0, as in [4, 2, 0]; instead of the gradients' delays.
-        **options: see :class:`StalePipelineStrategy`.
-
-    Raises:
-        ValueError: for delays that contradict each other.
-
-    Source: arXiv:1909.02625.
-    """
-
-    strategy_name: ClassVar[str] = "dsp"
-
-    def __init__(
-        self,
-        forward_delays: Sequence[int] | None = None,
-        gradient_delays: Sequence[int] | None = None,
-        staleness: Sequence[int] | None = None,
-        **options: Any,
-    ) -> None:
-        plan: StalenessPlan | str = "dsp"
-        if forward_delays is not None or gradient_delays is not None or staleness is not None:
-            plan = StalenessPlan.preset(
-                "dsp", forward_delays=forward_delays, gradient_delays=gradient_delays, staleness=staleness
-            )
-        super().__init__(plan, **options)

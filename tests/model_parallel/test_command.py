@@ -30,6 +30,15 @@ def test_every_plan_can_be_shown(plan: str, tmp_path: Path, capsys: pytest.Captu
     assert "tick | w0" in capsys.readouterr().out
 
 
+def test_stages_of_different_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["timeline", "--plan", "ouroboros", "--png", str(tmp_path / "t.png"), "--lengths"]
+    assert main([*words, "3,6,3"]) == 0
+    assert "at most 1.50 x naive" in capsys.readouterr().out
+    for lengths in ("3,6", "3,0,3"):
+        assert main([*words, lengths]) == 2
+        assert "`lengths` must be one a stage" in capsys.readouterr().err
+
+
 def test_what_cannot_be_drawn_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["timeline", "--plan", "gpipe"]) == 2
     assert "gpipe" in capsys.readouterr().err

@@ -16,7 +16,6 @@ from lightning_distopt.model_parallel.partition import (
     balance,
     costs_by_parameters,
     measure,
-    shared_parameters,
 )
 
 
@@ -74,11 +73,3 @@ def test_measuring_leaves_no_trace() -> None:
     assert [(c.name, c.parameters, c.output_bytes) for c in costs] == [("0", 56, 96), ("1", 0, 96), ("2", 18, 24)]
     assert all(c.milliseconds > 0 for c in costs)
     assert [c.parameters for c in costs_by_parameters(layers)] == [56, 0, 18]
-
-
-def test_shared_parameters_are_found_by_their_memory() -> None:
-    a, b, c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
-    b.weight = a.weight
-    c.bias = nn.Parameter(a.bias.data)  # another parameter, the same memory
-    assert shared_parameters([a, b, c]) == [[(0, "weight"), (1, "weight")], [(0, "bias"), (2, "bias")]]
-    assert shared_parameters([nn.Sequential(a, a), nn.Linear(3, 3)]) == []

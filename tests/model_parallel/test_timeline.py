@@ -77,12 +77,41 @@ def test_a_straggler_costs_what_staleness_does_not_hide(m: tuple[int, ...], late
     assert ends[1] - ends[0] == later
 
 
-def test_ouroboros_plays_two_modules_on_one_worker() -> None:
-    spans = play(StalenessPlan.preset("ouroboros", 3), 5)
+@pytest.mark.parametrize(("timetable", "order"), [("free", "F0 B0 F2 B2"), ("barrier", "F0 F2 B2 B0")])
+def test_ouroboros_plays_two_modules_on_one_worker(timetable: str, order: str) -> None:
+    spans = play(StalenessPlan.preset("ouroboros", 3, timetable=timetable), 5)
     first = sorted((s for s in spans if s.stage != 1), key=lambda s: s.start)
     assert all(a.end <= b.start for a, b in itertools.pairwise(first))
-    third = [(s.kind, s.stage) for s in first[6:10]]  # two ticks of F0, F2, B2, then the first with a B0
-    assert third == [("F", 0), ("F", 2), ("B", 2), ("B", 0)]
+    # after two ticks of F0, F2, B2
+    assert " ".join(f"{s.kind}{s.stage}" for s in first[6:10]) == order
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=5))
+def test_the_period_of_ouroboros_is_its_closed_form(lengths: list[int]) -> None:
+    plan = StalenessPlan.preset("ouroboros", len(lengths))
+    f = [float(n) for n in lengths]
+    g = [*(3.0 * n for n in f[:-1]), 2.0 * f[-1]]
+    own = max(f[0] + g[0], sum(f[:-1])) + f[-1] + g[-1]
+    closed = max([own, *(a + b for a, b in zip(f[1:-1], g[1:-1], strict=True))])
+    assert period(plan, f, g) == pytest.approx(closed, rel=0.02)
+    assert ceiling(plan, lengths=f) == pytest.approx(3 * sum(f) / closed, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "free", "replayed", "stashed"),
+    [((3, 6, 3), 1.5, 1.2, 1.5), ((2, 4, 4, 2), 2.25, 1.5, 1.8)],
+)
+def test_ceilings_of_ouroboros_with_the_authors_split(
+    lengths: tuple[int, ...], free: float, replayed: float, stashed: float
+) -> None:
+    """Barrier: the rows of 2 and 3 devices, but that the last module recomputes nothing."""
+    K = len(lengths)
+    assert ceiling(StalenessPlan.preset("ouroboros", K), lengths=lengths) == pytest.approx(free)
+    locked = StalenessPlan.preset("ouroboros", K, timetable="barrier")
+    assert replayed <= ceiling(locked, lengths=lengths) <= 1.15 * replayed
+    kept = StalenessPlan.preset("ouroboros", K, timetable="barrier", keep="graph", backward_weights="stashed")
+    assert ceiling(kept, lengths=lengths) == pytest.approx(stashed, rel=0.01)
 
 
 def test_idle_time() -> None:

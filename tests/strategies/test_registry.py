@@ -14,6 +14,7 @@ from lightning_distopt import (
     AutoCompressedDDPStrategy,
     CompressedDDPStrategy,
     DSPStrategy,
+    OuroborosStrategy,
     PipelineStrategy,
     StalePipelineStrategy,
     ZeroOrderDDPStrategy,
@@ -44,6 +45,7 @@ PIPELINES: dict[str, dict[str, str]] = {
     "pipedream": {"plan": "pipedream"},
     "pipedream_2bw": {"plan": "pipedream_2bw"},
     "dsp": {},
+    "ouroboros": {},
 }
 STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 ARGUMENTS = {**METHODS, **PIPELINES}
@@ -57,6 +59,8 @@ def class_of(name: str) -> type[Strategy]:
         return PipelineStrategy
     if name.startswith("zo_"):
         return ZeroOrderDDPStrategy
+    if name.startswith("ouroboros"):
+        return OuroborosStrategy
     return DSPStrategy if name.startswith("dsp") else StalePipelineStrategy
 
 
