@@ -115,6 +115,7 @@ class TransformerXL(LayeredModule):
         self.symbols: Vocabulary | None = None
         self.optimizer, self.scheduler, self.scheduler_interval = optimizer, scheduler, scheduler_interval
         self.example_input_array = torch.zeros(2, 64, dtype=torch.int64)
+        self.example_target_array = torch.zeros(2, 64, dtype=torch.int64)
 
     def _kinds(self) -> dict[str, type[TokenLoss]]:
         return {"loss": TokenLoss, self.figure: FIGURES[self.figure]}
