@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 from torch import Tensor
 
-from lightning_distopt.data_parallel.outer_optimizer import Memory, OuterOptimizer, Rate, checked_rate, rate_at
+from lightning_distopt.data_parallel.outer_optimizer import (
+    Memory,
+    OuterOptimizer,
+    Rate,
+    checked_rate,
+    is_number,
+    rate_at,
+)
 
 __all__ = ["FedMom", "fed_mom_"]
 
@@ -63,14 +69,13 @@ class FedMom(OuterOptimizer):
 
     def __post_init__(self) -> None:
         checked_rate(self.lr)
-        beta = self.momentum
-        if isinstance(beta, bool) or not isinstance(beta, Real) or not 0.0 <= beta < 1.0:
-            raise ValueError(f"`momentum` must be in [0, 1): got {beta!r}. Write for example `momentum=0.9`.")
+        if not (is_number(self.momentum) and 0.0 <= self.momentum < 1.0):
+            raise ValueError(f"`momentum` must be in [0, 1): got {self.momentum!r}. Write for example `momentum=0.9`.")
 
     def step_(self, x: Sequence[Tensor], g: Sequence[Tensor], memory: Sequence[Memory], round: int) -> None:
         rate = rate_at(self.lr, round)
         for model, displacement, kept in zip(x, g, memory, strict=True):
             v = kept.get("v")
-            if v is None:
+            if v is None or v.shape != model.shape:
                 v = kept["v"] = model.clone()
             fed_mom_(model, displacement, v, rate, self.momentum)

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Memory", "OuterOptimizer", "Plain", "Rate", "checked_rate", "rate_at"]
+__all__ = ["Memory", "OuterOptimizer", "Plain", "Rate", "checked_rate", "is_number", "rate_at"]
 
 Memory: TypeAlias = "dict[str, Any]"
 """What an outer optimizer remembers of one parameter: tensors and numbers by name, empty before the first round."""
@@ -73,10 +73,15 @@ def checked_rate(lr: Rate) -> None:
     Raises:
         ValueError: naming the value.
     """
-    if not callable(lr) and (isinstance(lr, bool) or not isinstance(lr, Real) or not 0.0 < lr < float("inf")):
+    if not callable(lr) and not (is_number(lr) and 0.0 < lr < float("inf")):
         raise ValueError(
             f"`lr` must be above 0 and finite, or a function of the round: got {lr!r}. Write for example `lr=1.0`."
         )
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def rate_at(lr: Rate, round: int) -> float:

@@ -54,7 +54,7 @@ class TorchOuter(OuterOptimizer):
 
     def step_(self, x: Sequence[Tensor], g: Sequence[Tensor], memory: Sequence[Memory], round: int) -> None:
         params = [Parameter(model) for model in x]  # the same memory
-        stepping = self.optimizer(params, **self.arguments)  # type: ignore[call-arg]
+        stepping = self.optimizer(params, **self.arguments)
         for param, displacement, kept in zip(params, g, memory, strict=True):
             param.grad = displacement
             if kept:

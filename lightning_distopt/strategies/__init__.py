@@ -2,6 +2,7 @@
 
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_distopt.strategies.local_update import LocalUpdateStrategy
 from lightning_distopt.strategies.pipeline import PipelineStrategy
 from lightning_distopt.strategies.registry import StrategyRecord, list_strategies, register
 from lightning_distopt.strategies.stale_pipeline import DSPStrategy, StalePipelineStrategy
@@ -12,6 +13,7 @@ __all__ = [
     "AutoCompressedDDPStrategy",
     "CompressedDDPStrategy",
     "DSPStrategy",
+    "LocalUpdateStrategy",
     "PipelineStrategy",
     "StalePipelineStrategy",
     "StrategyRecord",

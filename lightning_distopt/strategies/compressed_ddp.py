@@ -267,9 +267,14 @@ class CompressedDDPStrategy(DDPStrategy):
         assert self.lightning_module is not None
         buffers = self.lightning_module.buffers() if self._sends_buffers_first else ()
         broadcast_([*self.lightning_module.parameters(), *buffers], self.meter, "setup")
+        config = self._update_config(self._exchange_on(world))
+        self._local_steps = self._make_local_steps(UpdateSync(config, self.meter))
+        self._rank_state.go_on(self._local_steps.sync)
+
+    def _update_config(self, exchange: ExchangeName) -> UpdateSyncConfig:
+        """Return the method as the engine's numbers."""
         assert isinstance(self.compressor, Compressor)
-        exchange = self._exchange_on(world)
-        config = UpdateSyncConfig(
+        return UpdateSyncConfig(
             compressor=self.compressor,
             exchange=exchange,
             coefficient=self.coefficient,
@@ -281,8 +286,10 @@ class CompressedDDPStrategy(DDPStrategy):
             bucket_bytes=self.bucket_mb * 2**20,
             seed=self._shared_seed,
         )
-        self._local_steps = LocalSteps(self, UpdateSync(config, self.meter), self._sends_buffers)
-        self._rank_state.go_on(self._local_steps.sync)
+
+    def _make_local_steps(self, sync: UpdateSync) -> LocalSteps:
+        """Return what drives the engine through the steps of a fit."""
+        return LocalSteps(self, sync, self._sends_buffers)
 
     def _exchange_on(self, world: int) -> ExchangeName:
         if self.exchange != "auto":

@@ -7,8 +7,10 @@ from typing import Any
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from lightning_distopt.data_parallel import FedMom
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_distopt.strategies.local_update import LocalUpdateStrategy
 from lightning_distopt.strategies.pipeline import PipelineStrategy
 from lightning_distopt.strategies.stale_pipeline import DSPStrategy, StalePipelineStrategy
 from lightning_distopt.strategies.zo_ddp import ZeroOrderDDPStrategy
@@ -48,6 +50,11 @@ def _gradients(suffix: str, paper: str, description: str, compressor: str, error
     """Describe a common choice of what travels inside backward."""
     arguments = {"compressor": compressor, "error_feedback": error_feedback}
     return StrategyRecord(f"compressed_ddp_{suffix}", paper, description, CompressedDDPStrategy, arguments)
+
+
+def _local(name: str, paper: str, description: str, **arguments: Any) -> StrategyRecord:
+    """Describe a method of replicas that talk every so many steps."""
+    return StrategyRecord(name, paper, description, LocalUpdateStrategy, arguments)
 
 
 def _pipeline(name: str, paper: str, description: str, plan: str) -> StrategyRecord:
@@ -96,6 +103,40 @@ _METHODS = (
         "none",
         "DDP that measures, and takes a compressor if it pays, else 16 bit",
         AutoCompressedDDPStrategy,
+    ),
+    _local("local_sgd", "arXiv:1805.09767", "replicas average their models every 8 local steps", weighting="uniform"),
+    _local(
+        "fedavg",
+        "arXiv:1602.05629",
+        "replicas average their models every 20 steps, weighted by samples",
+        sync_every=20,
+        inner_state="reset",
+    ),
+    _local(
+        "fedmom",
+        "arXiv:2002.02090",
+        "fedavg whose averaged displacement is stepped with Nesterov momentum",
+        sync_every=20,
+        outer_optimizer=FedMom(),
+        inner_state="reset",
+    ),
+    _local(
+        "diloco",
+        "arXiv:2311.08105",
+        "500 local steps, optimizer state kept; outer Nesterov 0.7, momentum 0.9",
+        sync_every=500,
+        outer_optimizer=FedMom(0.7, 0.9),
+        weighting="uniform",
+    ),
+    _local(
+        "sa_pef",
+        "arXiv:2601.20738",
+        "5 local steps from a point 0.85 residuals ahead; top 1 % of the displacement",
+        sync_every=5,
+        compressor="topk:0.01",
+        error_feedback="step_ahead",
+        coefficient=0.85,
+        weighting="uniform",
     ),
     StrategyRecord(
         "zo_ddp",
