@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 import lightning_distopt
-from lightning_distopt import CompressedDDPStrategy, DSPStrategy, PipelineStrategy, StalePipelineStrategy, errors
+from lightning_distopt import (
+    CompressedDDPStrategy,
+    DSPStrategy,
+    LocalUpdateStrategy,
+    PipelineStrategy,
+    StalePipelineStrategy,
+    errors,
+)
 from lightning_distopt.compressors.text import KNOWN
 
 PROJECT = Path(__file__).parents[1]
@@ -60,7 +67,10 @@ def test_the_readme_quotes_the_error_of_a_forgotten_import() -> None:
     assert error.split(" Example")[0] in " ".join((PROJECT / "README.md").read_text().split())
 
 
-@pytest.mark.parametrize("strategy", [CompressedDDPStrategy, DSPStrategy, PipelineStrategy, StalePipelineStrategy])
+@pytest.mark.parametrize(
+    "strategy",
+    [CompressedDDPStrategy, DSPStrategy, LocalUpdateStrategy, PipelineStrategy, StalePipelineStrategy],
+)
 def test_every_argument_of_a_strategy_is_explained(strategy: type) -> None:
     text = inspect.getdoc(strategy) or ""
     for name in inspect.signature(strategy.__init__).parameters:

@@ -116,6 +116,8 @@ class LocalUpdateStrategy(CompressedDDPStrategy):
             Exact() if compressor is None else _of_updates(compressor),
             _feedback(compressor, error_feedback, coefficient, server_compression, scope),
             coefficient,
+            averaging_period=0,  # said, so that the command line does not offer them
+            dense_steps=0,
             server_compression=server_compression,
             exchange=exchange,
             sync_every=sync_every,
