@@ -383,6 +383,8 @@ class UpdateSync:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state: tensors, numbers and strings only. Tensors are references, except inside a round."""
         state = collect_state(self._groups, self._server, self._asleep)
+        if not self.config.residuals and not self.config.server_compression:
+            state["residuals"] = dict(self._asleep["residuals"])  # the others are zeros
         buffers = {} if self._buffers is None else self._buffers.state_dict()
         more = {"outer": self._ends.outer.state_dict(), "buffers": buffers, "flight": state.pop("flight")}
         return {**state, **{key: values for key, values in more.items() if values}}
