@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -153,7 +154,7 @@ class RoundEnd:
                 if not self._weight(group)[1]:
                     self.outer.step_(outer, bucket, mean, number)
                 for param, x in zip(bucket.data, bucket.anchor.views, strict=True):
-                    param.mul_(self.config.mix).add_(x, alpha=1.0 - self.config.mix)
+                    param.copy_(torch.lerp(x, param.to(x.dtype), self.config.mix) if self.config.mix else x)
         group.flight = None
         group.rounds += 1
         group.begun = group.away = group.mixed = True

@@ -192,6 +192,12 @@ class UpdateSync:
             group.begun = group.away = True
         return bool(beginning)
 
+    def look(self) -> None:
+        """Be about to run forwards that no step follows, which may change buffers all the same."""
+        self.leave()
+        if self._buffers is not None:
+            self._buffers.enter()
+
     @torch.no_grad()
     def leave(self) -> None:
         """Bring the common model back without an exchange, unless inside a round of several local steps."""
@@ -286,7 +292,7 @@ class UpdateSync:
         if found:
             return min(found)
         last = first_bad_parameter(groups)
-        return None if last is None else (groups[0].local_steps - 1) * names + last
+        return None if last is None else max(0, groups[0].local_steps - 1) * names + last
 
     def _averages(self, group: Group) -> bool:
         period = self.config.averaging_period

@@ -200,6 +200,11 @@ class CompressedDDPStrategy(DDPStrategy):
         return self.error_feedback in ("step_ahead", "local")
 
     @property
+    def _sending(self) -> str:
+        """The choice by which updates are sent, for messages."""
+        return f"`error_feedback={self.error_feedback!r}`"
+
+    @property
     def precision_plugin(self) -> Precision:
         return super().precision_plugin
 
@@ -309,15 +314,15 @@ class CompressedDDPStrategy(DDPStrategy):
         for optimizer in self.optimizers:
             if self.sends_updates and isinstance(optimizer, RSGD):
                 raise MisconfigurationException(
-                    f"`error_feedback={self.error_feedback!r}` does not go with RSGD: its second point follows the local steps, "
-                    "and would be another one on each rank. Use "
-                    "`error_feedback='gradient'` or `'none'`, where all ranks step alike."
+                    f"{self._sending} does not go with RSGD: its second point follows the local steps, and would be another one "
+                    "on each rank. Use `CompressedDDPStrategy` with `error_feedback='gradient'` or `'none'`, where all ranks "
+                    "step alike."
                 )
             if self.sends_updates and hasattr(optimizer, "consolidate_state_dict"):
                 raise MisconfigurationException(
-                    f"`error_feedback={self.error_feedback!r}` does not go with {type(optimizer).__name__}: each rank must step "
-                    "all parameters by its own gradient, and this optimizer steps a part of them and sends it to the others. "
-                    "Use the optimizer that it wraps, or `error_feedback='none'`."
+                    f"{self._sending} does not go with {type(optimizer).__name__}: each rank must step all parameters by its own "
+                    "gradient, and this optimizer steps a part of them and sends it to the others. Use the optimizer that it "
+                    "wraps, or `CompressedDDPStrategy` with `error_feedback='none'`."
                 )
 
     def _register_ddp_hooks(self) -> None:

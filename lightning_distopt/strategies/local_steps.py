@@ -88,7 +88,7 @@ class LocalSteps:
     def training_step(self, run: Callable[[], Any]) -> Any:
         """Take the forward of one batch (in manual optimization all that it does) at ``y``."""
         if backward_is_skipped(self._module.trainer):
-            self.sync.leave()
+            self.sync.look()
             output = run()
             if self._stepping:  # after the last batch Lightning steps once more, with the gradients of before
                 self.sync.enter()

@@ -166,6 +166,10 @@ class LocalUpdateStrategy(CompressedDDPStrategy):
         """Always: gradients stay where they are."""
         return True
 
+    @property
+    def _sending(self) -> str:
+        return f"`{type(self).__name__}`"
+
     def _serves(self, exchange: str) -> bool:
         if self.server_compression is None:
             return exchange == "sharded_server" and self.uses_residuals
