@@ -19,10 +19,10 @@ from torch import Tensor
 
 __all__ = ["Memory", "OuterOptimizer", "Plain", "Rate", "checked_rate", "is_number", "rate_at"]
 
-Memory: TypeAlias = "dict[str, Any]"
+Memory: TypeAlias = dict[str, Any]
 """What an outer optimizer remembers of one parameter: tensors and numbers by name, empty before the first round."""
 
-Rate: TypeAlias = "float | Callable[[int], float]"
+Rate: TypeAlias = float | Callable[[int], float]
 """A rate, or the rate of round t = 0, 1, ..."""
 
 

@@ -72,6 +72,9 @@ class RoundEnd:
         """Whether everything is sent in the group's round."""
         return group.rounds < max(self.config.dense_steps, self.config.warm_steps)
 
+    def _exchange(self, group: Group) -> Exchange:
+        return self._dense if self.is_dense(group) else self.exchange
+
     def length(self, group: Group) -> int:
         """Return the local steps before the exchange that ends the group's round begins."""
         return self.config.length(group.rounds, group.fragment)
@@ -115,7 +118,7 @@ class RoundEnd:
             bucket.restore()
             return
         if type(outer) is Plain:  # straight into the parameters, or into x where those do not lie end to end
-            whole = self.whole((self._dense if self.is_dense(group) else self.exchange).compressor)
+            whole = self.whole(self._exchange(group).compressor)
             direct = bucket.direct and not whole
             models = [param.view(-1) for param in bucket.data] if direct else bucket.parts(bucket.anchor, whole)[1]
             yield from self._mean(group, bucket, models, -rate_at(outer.lr, number), weight)
@@ -162,18 +165,17 @@ class RoundEnd:
     # ---- the mean ---------------------------------------------------------------------------------------------------
 
     def _mean_onto(self, group: Group, bucket: Bucket, mean: FlatViews, weight: float) -> Steps:
-        whole = self.whole((self._dense if self.is_dense(group) else self.exchange).compressor)
+        whole = self.whole(self._exchange(group).compressor)
         return self._mean(group, bucket, bucket.parts(mean, whole)[1], 1.0, weight)
 
     def _mean(self, group: Group, bucket: Bucket, onto: Sequence[Tensor], alpha: float, weight: float) -> Steps:
         """Add ``alpha`` times the averaged displacement to ``onto``; the parameters hold ``x`` as soon as it is compressed."""
-        dense = self.is_dense(group)
-        exchange = self._dense if dense else self.exchange
+        exchange = self._exchange(group)
         whole = self.whole(exchange.compressor)
         names, residuals = bucket.parts(bucket.residual, whole)
         with self.meter.timed("encode"):
             payloads = self._payloads(exchange.compressor, group, bucket, weight)
-        served = None if bucket.server is None or dense else bucket.parts(bucket.server, whole)[1]
+        served = None if bucket.server is None or self.is_dense(group) else bucket.parts(bucket.server, whole)[1]
         if served is None:
             mean = exchange.mean(names, payloads, group.rounds, onto=onto, alpha=alpha)
         else:

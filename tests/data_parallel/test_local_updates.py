@@ -216,7 +216,17 @@ def test_a_rank_without_samples_counts_for_nothing() -> None:
     torch.testing.assert_close(ran(5), list(islice(model, 6))[-1], rtol=0, atol=TOLERANCE)
 
 
-def _conserves(rank: int, world: int) -> float:
+CONTRACTIVE = [
+    ("topk:0.1", "all_gather"),
+    ("topk:0.1", "sharded_server"),
+    ("sign", "all_gather"),
+    ("random_block:0.25", "all_reduce"),
+    ("bingrad_b", "all_gather"),
+    ("bf16", "sharded_server"),
+]
+
+
+def _conserves(rank: int, world: int, compressor: str, exchange: str) -> float:
     """Everything that the replicas moved has been given to the outer optimizer, or is a residual."""
     given: list[Tensor] = []
 
@@ -225,7 +235,7 @@ def _conserves(rank: int, world: int) -> float:
             given.append(torch.cat([values.reshape(-1).clone() for values in g]))
             super().step_(x, g, memory, round)
 
-    replica = LocalReplica(config("topk:0.1", coefficient=0.0, sync_every=3, outer=Remembering(0.5)))
+    replica = LocalReplica(config(compressor, exchange, coefficient=0.0, sync_every=3, outer=Remembering(0.5)))
     moved = torch.zeros(SIZE, dtype=torch.float64)
     for _ in range(5):
         before = flat(replica.params)
@@ -242,8 +252,9 @@ def _conserves(rank: int, world: int) -> float:
     return float((sum(given) - (total[0] - total[1]) / world).abs().max())
 
 
-def test_what_was_sent_and_what_was_not_is_what_was_done_also_under_an_outer_optimizer() -> None:
-    assert max(run_ranks(2, _conserves)) < TOLERANCE
+@pytest.mark.parametrize("case", CONTRACTIVE, ids=str)
+def test_what_was_sent_and_what_was_not_is_what_was_done_also_under_an_outer_optimizer(case: tuple[str, str]) -> None:
+    assert max(together(2, _conserves, CONTRACTIVE, case)) < TOLERANCE
 
 
 # ---- who takes part --------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_distopt import LocalUpdateStrategy
 from lightning_distopt.data_parallel import FedMom, Plain, TorchOuter
+from lightning_distopt.errors import CheckpointError
+from lightning_distopt.strategies.header import Header, read_header
 from tests.strategies.everything import Everything, assert_all_same
 from tests.strategies.fits import At, State, assert_same_on_all_ranks, distance, fit, flat, gathered, warnings_to
 from tests.strategies.models import BATCH, Net, data
@@ -53,6 +55,7 @@ def test_at_a_constant_rate_fedmom_is_torchs_nesterov_on_the_pseudo_gradient_and
     assert distance(average, momentum) > 1e-3
 
 
+@pytest.mark.slow  # the engine's own test of it is not
 def test_papers_weights_with_ranks_over_participants_are_normalized_ones_with_one() -> None:
     settings = {"sync_every": 2, "participation": 0.5}
     paper = fit(Net(), local(weighting="paper", outer_optimizer=FedMom(2.0), **settings), 8)
@@ -232,7 +235,9 @@ EXACT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "adam" in name else ()) for name in EXACT]
+)
 def test_a_run_resumes_in_the_middle_of_a_round_bit_for_bit(tmp_path: Path, name: str) -> None:
     def train(ckpt_path: Any, folder: str) -> None:
         torch.manual_seed(7)
@@ -271,6 +276,29 @@ def test_a_checkpoint_holds_the_common_model_and_its_momentum_once(tmp_path: Pat
     with warnings_to(tmp_path / "warnings"):
         fit(Net(), local(**arguments), 9, tmp_path / "step=5.ckpt", callbacks=[check])
     assert "1 sidecars in `step=5.ckpt.ranks` could not be used" in (tmp_path / "warnings").read_text()
+
+
+@pytest.mark.parametrize(
+    ("shared", "words"),
+    [
+        ({"outer": [1]}, "`outer` is .*not a dictionary"),
+        ({"outer": {"w": {"v": "text"}}}, "`outer` of 'w' is .*not tensors and numbers"),
+        ({"outer": {"w": {"v": torch.tensor([float("nan")])}}}, "`outer` of 'w' holds a NaN"),
+        ({"flight": {"w": torch.ones(2, dtype=torch.int64)}}, "`flight` of 'w' is .*not a dense tensor of floats"),
+    ],
+    ids=str,
+)
+def test_what_a_file_says_of_the_outer_memory_is_checked_before_it_is_used(shared: Any, words: str) -> None:
+    header = Header(2, "local_sgd", "local", "0-1", False, shared)
+    with pytest.raises(CheckpointError, match=words):
+        read_header({"lightning_distopt": header.as_dict()}, "some.ckpt")
+
+
+def test_a_single_device_trains_and_sends_nothing() -> None:
+    def look(trainer: Trainer, module: Any) -> None:
+        assert trainer.strategy.meter.bytes_sent == 0
+
+    fit(Net(), local(fragments=4, mix=0.5), 9, devices=1, callbacks=[At(train_end=look)])
 
 
 # ---- names, text, bad input ------------------------------------------------------------------------------------------

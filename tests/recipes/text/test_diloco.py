@@ -23,11 +23,11 @@ def printed(capsys: pytest.CaptureFixture[str], *names: str) -> dict[str, Any]:
 
 
 def test_the_configurations_parse_one_on_top_of_the_other(capsys: pytest.CaptureFixture[str]) -> None:
-    diloco = printed(capsys, "char_model.yaml", "diloco.yaml")["trainer"]["strategy"]["init_args"]
-    assert (diloco["sync_every"], diloco["fragments"], diloco["weighting"]) == (50, 1, "uniform")
-    assert diloco["outer_optimizer"]["init_args"] == {"lr": 0.7, "momentum": 0.9}
-    streaming = printed(capsys, "char_model.yaml", "diloco.yaml", "streaming_diloco.yaml")["trainer"]["strategy"]
-    assert (streaming["init_args"]["fragments"], streaming["init_args"]["delay"]) == (4, 1)
+    config = printed(capsys, "char_model.yaml", "diloco.yaml", "streaming_diloco.yaml")
+    strategy = config["trainer"]["strategy"]["init_args"]
+    assert (strategy["sync_every"], strategy["fragments"], strategy["delay"]) == (100, 4, 1)
+    assert strategy["outer_optimizer"]["init_args"] == {"lr": 0.7, "momentum": 0.9}
+    assert config["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.AdamW"
 
 
 def test_the_study_is_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
