@@ -38,7 +38,8 @@ def test_the_study_is_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.Mo
         sent = 1000 if method == "ddp" else 100
         curve = f"3:{sent // 2}:2.5 6:{sent}:{lr}"
         row = dict.fromkeys(study_diloco.COLUMNS, "")
-        return {**row, "method": method, "lr": lr, "seed": seed, "bytes": sent, "peak_bytes": 7, "loss": lr, "curve": curve}  # fmt: skip
+        run = {"method": method, "lr": lr, "seed": seed, "loss": lr, "curve": curve}
+        return {**row, **run, "bytes": sent, "peak_bytes": 7}
 
     monkeypatch.setattr(study_diloco, "train", train)
     results = ResultsFile(tmp_path / "study.csv", study_diloco.COLUMNS, ("method", "lr", "seed"))
