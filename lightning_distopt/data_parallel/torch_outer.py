@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ class TorchOuter(OuterOptimizer):
     round use :class:`~lightning_distopt.data_parallel.FedMom`.
 
     Args:
-        optimizer: class path, such as "torch.optim.Adam", or the class.
+        optimizer: class path in ``torch.optim``, such as "torch.optim.Adam", or any optimizer's class.
         arguments: for the class, without the parameters.
 
     Raises:
@@ -101,10 +100,12 @@ def as_outer_optimizer(outer: OuterOptimizer | str) -> OuterOptimizer:
 
 
 def _found(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+    # looked up, not imported: a word from a configuration loads no module
+    name = path.removeprefix("torch.optim.")
+    found = getattr(torch.optim, name, None) if name != path else None
+    if found is None:
         raise ValueError(
-            f"`optimizer` must be the class path of a torch optimizer: {path!r} was not found. Use for example 'torch.optim.SGD'."
-        ) from None
+            f"`optimizer` must be the class path of an optimizer in `torch.optim`: {path!r} was not found there. Use for example "
+            "'torch.optim.SGD', or pass the class itself."
+        )
+    return found

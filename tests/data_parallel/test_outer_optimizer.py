@@ -213,7 +213,10 @@ def test_from_text() -> None:
         ),
         (lambda: as_outer_optimizer("nesterov"), ["`outer_optimizer` must be 'plain', 'fedmom'", "'nesterov'"]),
         (lambda: as_outer_optimizer("torch.optim.Sgd"), ["class path", "'torch.optim.Sgd' was not found"]),
-        (lambda: as_outer_optimizer("torch.nn.Linear"), ["must be a torch optimizer", "torch.nn.Linear"]),
+        (
+            lambda: as_outer_optimizer("torch.nn.Linear"),
+            ["class path", "'torch.nn.Linear' was not found", "pass the class"],
+        ),
         (lambda: TorchOuter("torch.optim.SGD", {"rate": 1}), ["`arguments` must suit SGD", "'rate': 1", "'lr': 0.1"]),
         (lambda: TorchOuter("torch.optim.LBFGS"), ["LBFGS", "without a closure"]),
     ],
