@@ -46,7 +46,7 @@ class LocalUpdateStrategy(CompressedDDPStrategy):
         sync_every: local optimizer steps a round, H >= 1; divides the bytes by it.
         outer_optimizer: what moves the common model: "plain" (local SGD, FedAvg), "fedmom", an ``OuterOptimizer`` such as
             ``FedMom(0.7, 0.9)`` (DiLoCo) or ``TorchOuter("torch.optim.Adam", {"lr": 0.1})``, or the class path of an optimizer in
-            torch. Momentum 0.9 amplifies a constant displacement tenfold: where it oscillates, lower its rate first.
+            ``torch.optim``. Momentum 0.9 amplifies a constant displacement tenfold: where it oscillates, lower its rate first.
         compressor: what travels of the displacement: ``None`` (all of it, as it is), or as in ``CompressedDDPStrategy``.
         error_feedback: what becomes of what the compressor leaves out: "local" (sent later; the default with a
             compressor), "step_ahead" (and local steps begin ``coefficient`` of it ahead), "none" (forgotten).
