@@ -209,8 +209,10 @@ class UpdateSync:
     def exchange(self, owner: int | None = None) -> bool:
         """Count one local step of optimizer ``owner`` (``None``: of all) and end its round if it is the last.
 
+        With fragments the rounds of those whose turn it is end or begin to end, and those on their way may arrive.
+
         Returns:
-            Whether something was exchanged.
+            Whether a round has ended, of the last fragment if there are several.
 
         Raises:
             NonFiniteError: on all ranks, if a parameter of any rank is not finite after its step; the parameters hold the
