@@ -77,12 +77,18 @@ def compensate_(params: Iterable[Tensor], anchor: FlatViews, residual: FlatViews
 
 
 def displacements(
-    params: Iterable[Tensor], anchor: FlatViews, residual: FlatViews, coefficient: float
+    params: Iterable[Tensor], anchor: FlatViews, residual: FlatViews, coefficient: float, weight: float = 1.0
 ) -> Iterator[Tensor]:
-    """Do what :func:`compensate_` does, and yield each displacement, 1-D, while the processor's cache still holds it."""
+    """Do what :func:`compensate_` does, and yield each displacement, 1-D, while the processor's cache still holds it.
+
+    With a ``weight`` the local steps ``y - z`` count that much: ``D = weight (x - z) + (1 - weight * coefficient) e``.
+    """
     for param, x, e, flat in zip(params, anchor.views, residual.views, residual.flats, strict=True):
         kernel = getattr(kernels_for(param), "displace_", None)  # a device's kernels may lack it
-        if kernel is not None and param.is_contiguous():
+        if weight != 1.0:
+            e.mul_(1.0 - weight * coefficient).add_(x - param, alpha=weight)
+            param.copy_(x)
+        elif kernel is not None and param.is_contiguous():
             kernel(param.view(-1), x.view(-1), flat, 1.0 - coefficient)
         else:
             if coefficient == 1.0:

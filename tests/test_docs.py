@@ -14,6 +14,7 @@ import lightning_distopt
 from lightning_distopt import (
     CompressedDDPStrategy,
     DSPStrategy,
+    LocalUpdateStrategy,
     OuroborosStrategy,
     PipelineStrategy,
     StalePipelineStrategy,
@@ -68,7 +69,15 @@ def test_the_readme_quotes_the_error_of_a_forgotten_import() -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", [CompressedDDPStrategy, DSPStrategy, OuroborosStrategy, PipelineStrategy, StalePipelineStrategy]
+    "strategy",
+    [
+        CompressedDDPStrategy,
+        DSPStrategy,
+        LocalUpdateStrategy,
+        OuroborosStrategy,
+        PipelineStrategy,
+        StalePipelineStrategy,
+    ],
 )
 def test_every_argument_of_a_strategy_is_explained(strategy: type) -> None:
     text = inspect.getdoc(strategy) or ""

@@ -1,4 +1,4 @@
-"""Buckets, the parameters that are compressed and exchanged together, and groups, the buckets that the same optimizers step."""
+"""Buckets, the parameters that are compressed and exchanged together, and groups, the buckets whose rounds end together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_distopt.compressors.base import wide
+from lightning_distopt.data_parallel.fragments import Flight
 from lightning_distopt.error_feedback import FlatViews
 
 __all__ = ["Bucket", "Group", "make_buckets"]
@@ -58,32 +59,45 @@ class Bucket:
 
 @dataclass
 class Group:
-    """The parameters that the same optimizers step: their rounds begin and end together.
+    """The parameters that the same optimizers step, or a fragment of them: their rounds begin and end together.
 
     Args:
         owners: numbers of these optimizers.
         buckets: in the order of their collectives.
-        rounds: exchanges so far.
-        local_steps: optimizer steps since the last exchange.
+        fragment: its number.
+        last: there is no later fragment.
+        rounds: rounds that have ended.
+        local_steps: optimizer steps since the last exchange began.
         begun: a micro-batch of this round has been seen, and its averaging of residuals is done.
         away: the parameters hold ``y`` or ``z``, and the anchors hold ``x``.
         stash: ``z``, while ``x`` is shown in the middle of a round.
         bad: local step, from 1, and index of the first parameter that was not finite after a step inside the round.
+        mixed: the round began with parameters that are not the common ones.
+        flight: the averaged displacement, on its way.
     """
 
     owners: tuple[int, ...]
     buckets: list[Bucket]
+    fragment: int = 0
+    last: bool = True
     rounds: int = 0
     local_steps: int = 0
     begun: bool = False
     away: bool = False
     stash: list[Tensor] = field(default_factory=list)
     bad: tuple[int, int] | None = None
+    mixed: bool = False
+    flight: Flight | None = None
 
     @property
     def key(self) -> str:
-        """The owners as text, the group's name in checkpoints."""
-        return "+".join(map(str, self.owners))
+        """The owners and the fragment as text, the group's name in checkpoints."""
+        return "+".join(map(str, self.owners)) + (f"/{self.fragment}" if self.fragment else "")
+
+    @property
+    def inside(self) -> bool:
+        """Whether the parameters hold more than the common model, between steps too."""
+        return self.local_steps > 0 or self.mixed or self.flight is not None
 
     @property
     def names(self) -> list[str]:
@@ -104,6 +118,8 @@ class Group:
         self.local_steps = 0
         self.stash = []
         self.bad = None
+        self.mixed = False
+        self.flight = None
 
     def show_common(self) -> None:
         """Swap ``x`` in, in the middle of a round."""

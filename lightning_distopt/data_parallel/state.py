@@ -5,7 +5,10 @@
 ``server``      ``s``, the same on every rank: of a replicated server, or merged from the pieces of a sharded one
 ``shards``      this rank's pieces of a sharded server's ``s``
 ``local``       ``z``, inside a round of several local steps
+``flight``      the averaged displacement of a fragment that is on its way, the same on every rank
 ``groups``      counters, by the numbers of the optimizers that step the group
+``outer``       what the outer optimizer remembers, the same on every rank
+``buffers``     this rank's own, between two averages of them
 ==============  ==============================================================================================
 """
 
@@ -19,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_distopt.data_parallel.buckets import Group
+from lightning_distopt.data_parallel.fragments import Flight
 from lightning_distopt.data_parallel.server_memory import ServerMemory
-from lightning_distopt.error_feedback import step_ahead_
+from lightning_distopt.error_feedback import FlatViews, step_ahead_
 from lightning_distopt.exchange import Meter, ServerResidual
 
 __all__ = ["Asleep", "collect_state", "no_state", "place_state", "rescue_lost"]
@@ -31,7 +35,7 @@ Asleep = dict[str, dict[str, Any]]
 
 def no_state() -> Asleep:
     """Return the state of nothing."""
-    return {"residuals": {}, "server": {}, "local": {}, "groups": {}}
+    return {"residuals": {}, "server": {}, "local": {}, "flight": {}, "groups": {}}
 
 
 def collect_state(groups: Sequence[Group], server: ServerMemory, asleep: Asleep) -> dict[str, Any]:
@@ -40,16 +44,21 @@ def collect_state(groups: Sequence[Group], server: ServerMemory, asleep: Asleep)
     pieces = server.pieces([bucket for group in groups for bucket in group.buckets])
     state["shards"] = {name: [piece._asdict() for piece in those] for name, those in pieces.items()}
     for group in groups:
+        if group.flight is not None:
+            group.flight.arrive()
+            for bucket, mean in zip(group.buckets, group.flight.means, strict=True):
+                state["flight"].update(zip(bucket.names, mean.views, strict=True))
         state["groups"][group.key] = {
             "rounds": group.rounds,
             "local_steps": group.local_steps,
             "begun": group.begun,
+            **({"mixed": True} if group.mixed else {}),
         }
         for bucket in group.buckets:
             state["residuals"].update(zip(bucket.names, bucket.residual.views, strict=True))
             if bucket.server is not None:
                 state["server"].update(zip(bucket.names, bucket.server.views, strict=True))
-        if group.local_steps:
+        if group.inside:
             local = group.stash or group.data
             state["local"].update({name: z.clone() for name, z in zip(group.names, local, strict=True)})
     return state
@@ -68,7 +77,7 @@ def place_state(state: Mapping[str, Any], groups: Sequence[Group], server: Serve
         counters = asleep["groups"].pop(group.key, {})
         group.rounds = int(counters.get("rounds", 0))
         group.begun = bool(counters.get("begun", False))
-        group.away, group.local_steps, group.stash = False, 0, []
+        group.away, group.local_steps, group.stash, group.mixed, group.flight = False, 0, [], False, None
         for bucket in group.buckets:
             for i, name in enumerate(bucket.names):
                 e = bucket.residual.views[i]
@@ -82,15 +91,22 @@ def place_state(state: Mapping[str, Any], groups: Sequence[Group], server: Serve
                     elif server.exchange.rank == 0:  # all ranks have it, and pieces have one owner
                         pieces.setdefault(name, []).append(ServerResidual(0, s.reshape(-1)))
         local = [asleep["local"].pop(name, None) for name in group.names]
-        if counters.get("local_steps") and all(z is not None for z in local):
-            _begin_round_at_x(group, int(counters["local_steps"]))
+        if all(z is not None for z in local):
+            _begin_round_at_x(group, int(counters.get("local_steps", 0)))
+            group.mixed = bool(counters.get("mixed", False))
             group.stash = [z.to(param.device, copy=True) for z, param in zip(local, group.data, strict=True)]
+        coming = [[asleep["flight"].pop(name, None) for name in bucket.names] for bucket in group.buckets]
+        if all(g is not None for bucket in coming for g in bucket):
+            group.flight = Flight([FlatViews(bucket.params) for bucket in group.buckets])
+            for mean, values in zip(group.flight.means, coming, strict=True):
+                for view, value in zip(mean.views, values, strict=True):
+                    _set(view, value)
     server.replace(pieces)
     # What is left sleeps in memory of its own: not in the state's, nor in that of buckets that are no more.
-    for key in ("residuals", "server", "local"):
+    for key in ("residuals", "server", "local", "flight"):
         asleep[key] = {name: values.clone() for name, values in asleep[key].items()}
     if groups:
-        asleep["local"] = {}
+        asleep["local"], asleep["flight"] = {}, {}
         asleep["groups"] = {
             key: {**counters, "local_steps": 0, "begun": False} for key, counters in asleep["groups"].items()
         }

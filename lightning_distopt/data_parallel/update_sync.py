@@ -6,21 +6,24 @@ One round of one rank (H = ``sync_every`` optimizer steps; numbers as in the cod
     residual     e ──[0: mean over ranks, every p rounds]──▶ e ──[2: D = x - z + (1-a) e;  c = C(D);  e = D - c]──▶ e'
     network           dense, rarely                               [3: u = mean c;  (s += u; u = C(s); s -= u)]
 
+[3] ends with the outer optimizer, ``x' = x - u`` without one; see :mod:`~lightning_distopt.data_parallel.round_end`.
+
 Between rounds with H = 1 the parameters hold the common model ``x``, the same bits on every rank; so validation,
 checkpoints and callbacks need nothing. With H > 1 they hold ``z`` inside a round, and :meth:`UpdateSync.show_common`
-swaps ``x`` in.
+swaps ``x`` in. Fragments are groups whose rounds end in turn (:mod:`~lightning_distopt.data_parallel.fragments`).
 
 Memory beyond parameters, gradients and optimizer, in copies of the parameters (of float32 for half-precision ones):
-``x`` and ``e`` are one each; ``s`` is one if replicated, ``1 / W`` if sharded. An exchange takes
-temporaries of less than a bucket and the payloads of two buckets: a rank's own and those that it receives. A look at
-``x`` in the middle of a round takes one more copy; so does, once, handing a sharded ``s`` to new owners.
+``x`` and ``e`` are one each; ``s`` is one if replicated, ``1 / W`` if sharded; an outer optimizer's is its own. An exchange
+takes temporaries of less than a bucket (of a bucket with an outer optimizer) and the payloads of two buckets: a rank's own
+and those that it receives; one that is delayed takes two fragments. A look at ``x`` in the middle of a round takes one more
+copy; so does, once, handing a sharded ``s`` to new owners.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -29,18 +32,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_distopt.compressors import Compressor, Dense
-from lightning_distopt.compressors.randomness import derive_key
 from lightning_distopt.data_parallel.agreement import agree, first_bad_parameter
 from lightning_distopt.data_parallel.buckets import Bucket, Group, make_buckets
-from lightning_distopt.data_parallel.exchanges import make_exchange
+from lightning_distopt.data_parallel.common_buffers import CommonBuffers
+from lightning_distopt.data_parallel.figures import mismatch
+from lightning_distopt.data_parallel.fragments import cut
 from lightning_distopt.data_parallel.replicas import check_alike
+from lightning_distopt.data_parallel.round_end import RoundEnd
 from lightning_distopt.data_parallel.server_memory import ServerMemory
 from lightning_distopt.data_parallel.state import collect_state, no_state, place_state, rescue_lost
 from lightning_distopt.data_parallel.update_config import UpdateSyncConfig
-from lightning_distopt.error_feedback import FlatViews, average_, compress_, displacements, step_ahead_
+from lightning_distopt.error_feedback import FlatViews, average_, step_ahead_
 from lightning_distopt.errors import NonFiniteError
-from lightning_distopt.exchange import Exchange, Meter, Steps, network_failures, overlap
+from lightning_distopt.exchange import Meter, network_failures, overlap
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
 
 __all__ = ["UpdateSync", "UpdateSyncConfig"]
@@ -63,16 +67,9 @@ class UpdateSync:
         self.config = config
         self.meter = meter
         self.group = group
-        self._exchange = make_exchange(
-            config.exchange,
-            config.compressor,
-            meter,
-            group,
-            compress_answer=config.server_compression,
-            seed=config.seed,
-        )
-        self._dense: Exchange = make_exchange("all_reduce", Dense("float32"), meter, group)
-        self._server = ServerMemory(self._exchange, self._whole(config.compressor))
+        self._ends = RoundEnd(config, meter, group)
+        self._server = ServerMemory(self._ends.exchange, self._ends.whole(config.compressor))
+        self._buffers: CommonBuffers | None = None
         self._groups: list[Group] = []
         self._tracked: dict[str, tuple[int, ...]] | None = None
         self._lines: list[str] = []  # what all ranks must track alike
@@ -82,17 +79,18 @@ class UpdateSync:
     @property
     def world(self) -> int:
         """Number of ranks."""
-        return self._exchange.world
+        return self._ends.exchange.world
 
     @property
     def rank(self) -> int:
         """Number of the own process among them."""
-        return self._exchange.rank
+        return self._ends.exchange.rank
 
     @property
     def away(self) -> bool:
-        """Whether some parameters hold something else than the common model."""
-        return any(group.away for group in self._groups)
+        """Whether some parameters, or averaged buffers, hold something else than the common model."""
+        changed = self._buffers is not None and self._buffers.changed
+        return changed or any(group.away for group in self._groups)
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -103,6 +101,25 @@ class UpdateSync:
     def rounds(self) -> int:
         """Exchanges so far, of the group that had the most."""
         return max((group.rounds for group in self._groups), default=0)
+
+    @property
+    def warm(self) -> bool:
+        """Whether the next round is one of the synchronous ones at the start."""
+        return any(self._ends.is_warm(group) for group in self._groups)
+
+    @property
+    def resting(self) -> list[Parameter]:
+        """The parameters whose local steps count for nothing, because this rank sits their round out."""
+        out = [group for group in self._groups if self._ends.sits_out(group)]
+        return [param for group in out for bucket in group.buckets for param in bucket.params]
+
+    def count_samples(self, samples: Sequence[int]) -> None:
+        """Let ranks count by these numbers, one a rank, the same on all ranks."""
+        self._ends.samples = list(samples)
+
+    def average_buffers(self, named: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+        """Average buffers, too, whenever a round ends; ``named`` returns them by name."""
+        self._buffers = CommonBuffers(named, self.meter, self.group)
 
     # ---- what takes part ------------------------------------------------------------------------------------------
 
@@ -138,7 +155,12 @@ class UpdateSync:
             if params[name].numel():
                 by_owners.setdefault(owner, {})[name] = params[name]
         limit = float("inf") if self.config.scope == "model" else self.config.bucket_bytes
-        self._groups = [Group(owner, make_buckets(named, limit)) for owner, named in by_owners.items()]
+        parts = self.config.fragments
+        self._groups = [
+            Group(owner, make_buckets(part, limit), fragment, fragment == parts - 1)
+            for owner, named in by_owners.items()
+            for fragment, part in enumerate(cut(named, parts))
+        ]
         if self.config.server_compression and self.config.exchange != "sharded_server":
             for bucket in self.buckets:
                 bucket.server = FlatViews(bucket.params)
@@ -158,29 +180,39 @@ class UpdateSync:
         """
         for group in self._groups:
             group.hide_common()
+        if self._buffers is not None:
+            self._buffers.enter()
         entering = [group for group in self._groups if not group.away]
         beginning = [group for group in entering if not group.begun]
         self._average([group for group in beginning if self._averages(group)])  # [0]
         for group in entering:
-            ahead = 0.0 if self._is_dense(group) else self.config.coefficient
+            ahead = 0.0 if self._ends.is_dense(group) else self.config.coefficient
             for bucket in group.buckets:
                 step_ahead_(bucket.data, bucket.anchor, bucket.residual, ahead)  # [1]
             group.begun = group.away = True
         return bool(beginning)
 
+    def look(self) -> None:
+        """Be about to run forwards that no step follows, which may change buffers all the same."""
+        self.leave()
+        if self._buffers is not None:
+            self._buffers.enter()
+
     @torch.no_grad()
     def leave(self) -> None:
         """Bring the common model back without an exchange, unless inside a round of several local steps."""
         for group in self._groups:
-            if not group.local_steps:
+            if not group.inside:
                 group.restore()
 
     @torch.no_grad()
     def exchange(self, owner: int | None = None) -> bool:
         """Count one local step of optimizer ``owner`` (``None``: of all) and end its round if it is the last.
 
+        With fragments the rounds of those whose turn it is end or begin to end, and those on their way may arrive.
+
         Returns:
-            Whether something was exchanged.
+            Whether a round has ended, of the last fragment if there are several.
 
         Raises:
             NonFiniteError: on all ranks, if a parameter of any rank is not finite after its step; the parameters hold the
@@ -188,40 +220,68 @@ class UpdateSync:
             RankMismatchError: on all ranks, if they do not exchange the same parameters; the same holds.
             ExchangeError: if a collective failed or timed out; :meth:`restore` brings the common model back.
         """
-        due = []
+        due, landed = [], False
         for group in self._groups:
             if group.away and (owner is None or owner in group.owners):
                 group.local_steps += 1
-                if group.local_steps >= self.config.sync_every:
+                if group.local_steps >= self._ends.length(group) and group.flight is None:
                     due.append(group)
-                elif group.bad is None:  # the end of the round would find it everywhere
+                    continue
+                if group.bad is None:  # the end of the round would find it everywhere
                     found = first_bad_parameter([group])
                     group.bad = None if found is None else (group.local_steps, found)
+                if group.flight is not None and group.local_steps >= self.config.delay:
+                    self._ends.land(group)
+                    landed = landed or group.last
         self._end_rounds(due)
-        return bool(due)
+        landed = landed or any(group.last and group.flight is None for group in due)
+        if landed:
+            self._average_buffers()
+        return landed
 
     @torch.no_grad()
     def flush(self) -> None:
         """End rounds that have begun early, so that all ranks hold the common model with every step in it."""
-        self._end_rounds([group for group in self._groups if group.local_steps])
+        for group in self._groups:
+            group.hide_common()
+            if group.flight is not None:
+                self._ends.land(group)
+        self._end_rounds([group for group in self._groups if group.inside], at_once=True)
         self.leave()
+        if self._groups and self._buffers is not None and self._buffers.changed:
+            self._average_buffers()
 
-    def _end_rounds(self, groups: Sequence[Group]) -> None:
+    def _end_rounds(self, groups: Sequence[Group], at_once: bool = False) -> None:
+        """End rounds together; ``at_once``: nothing stays on its way, and nothing of the local parameters."""
         if not groups:
             return
         for group in groups:
             group.hide_common()
-        compressed = [bucket for group in groups if not self._is_dense(group) for bucket in group.buckets]
+        compressed = [bucket for group in groups if not self._ends.is_dense(group) for bucket in group.buckets]
         if self._agree("exchange", groups, self._first_bad(groups), self._server.waits_for(compressed)):
             with network_failures(self.rank, groups[0].rounds, doing="hand over a server's residual", only=False):
                 self._server.hand_over(compressed)
-        overlap(self._end_round(group, bucket) for group in groups for bucket in group.buckets)
+        streams = self.config.streams and not at_once
+        later = [group for group in groups if streams and not self._ends.is_warm(group)]
+        now = [group for group in groups if not streams or self._ends.is_warm(group)]
+        overlap(self._ends.end(group, bucket) for group in now for bucket in group.buckets)
+        for group in later:
+            self._ends.take_off(group)
         ring = sum(ring_all_reduce_bytes(sum(p.nbytes for p in g.data), self.world) * g.local_steps for g in groups)
-        self.meter.step(ring, max(group.local_steps for group in groups))
+        self.meter.step(ring, max((group.local_steps for group in groups if group.last), default=0))
         for group in groups:
-            group.rounds += 1
             group.local_steps = 0
-            group.begun = group.away = False
+        for group in now:
+            group.rounds += 1
+            group.begun = group.away = group.mixed = False
+        if not self.config.delay:
+            for group in later:
+                self._ends.land(group)
+
+    def _average_buffers(self) -> None:
+        if self._buffers is not None:
+            with network_failures(self.rank, self.rounds, doing="average buffers"):
+                self._buffers.average(self._ends.last_share)
 
     def _first_bad(self, groups: Sequence[Group]) -> int | None:
         """Return the local step and the parameter, as one number, in which a NaN or an infinity was first seen."""
@@ -234,55 +294,11 @@ class UpdateSync:
         if found:
             return min(found)
         last = first_bad_parameter(groups)
-        return None if last is None else (groups[0].local_steps - 1) * names + last
-
-    def _end_round(self, group: Group, bucket: Bucket) -> Steps:
-        dense = self._is_dense(group)
-        exchange = self._dense if dense else self._exchange
-        whole = self._whole(exchange.compressor)
-        names, residuals = bucket.parts(bucket.residual, whole)
-        direct = bucket.direct and not whole  # parameters do not lie end to end, as what is handed over whole does
-        models = [param.view(-1) for param in bucket.data] if direct else bucket.parts(bucket.anchor, whole)[1]
-        with self.meter.timed("encode"):
-            coefficient = 0.0 if dense else self.config.coefficient
-            displaced: Iterable[Tensor] = displacements(bucket.data, bucket.anchor, bucket.residual, coefficient)  # [2]
-            if whole:
-                _, displaced = list(displaced), residuals
-            payloads = compress_(exchange.compressor, displaced, self._keys(names, group.rounds))
-        served = None if bucket.server is None or dense else bucket.parts(bucket.server, whole)[1]
-        if served is None:
-            mean = exchange.mean(names, payloads, group.rounds, onto=models, alpha=-1.0)
-        else:
-            mean = exchange.mean(names, payloads, group.rounds, onto=served)
-        del payloads  # so that the exchange can free them
-        yield from mean  # [3]
-        with self.meter.timed("encode"):
-            if served is not None:
-                self._serve(names, served, models, group.rounds)
-            if not direct:
-                bucket.restore()
-
-    def _serve(self, names: Sequence[str], servers: Sequence[Tensor], models: Sequence[Tensor], step: int) -> None:
-        """Let the replicated server answer, the same on every rank: ``v = C(s);  s -= v;  x -= v``."""
-        compressor = self.config.compressor
-        for s, x, key in zip(servers, models, self._keys(names, step, "@server"), strict=True):
-            compressor.decompress_add_(compressor.compress_(s, key, assume_finite=True), x, alpha=-1.0)
-
-    def _whole(self, compressor: Compressor) -> bool:
-        """Whether the compressor is handed a bucket as one tensor: to have one scale, or because it makes no difference."""
-        return self.config.scope == "model" or not compressor.per_tensor
-
-    def _keys(self, names: Sequence[str], step: int, suffix: str = "") -> list[int]:
-        # The replicated server's draws must be the same on all ranks, like those of shared randomness.
-        rank = 0 if suffix or self.config.compressor.shared_randomness else self.rank
-        return [derive_key(self.config.seed, rank, step, name + suffix) for name in names]
-
-    def _is_dense(self, group: Group) -> bool:
-        return group.rounds < self.config.dense_steps
+        return None if last is None else max(0, groups[0].local_steps - 1) * names + last
 
     def _averages(self, group: Group) -> bool:
         period = self.config.averaging_period
-        return period > 0 and (group.rounds + 1) % period == 0 and not self._is_dense(group)
+        return period > 0 and (group.rounds + 1) % period == 0 and not self._ends.is_dense(group)
 
     def _average(self, groups: Sequence[Group]) -> None:
         if groups and self.world > 1:
@@ -299,7 +315,7 @@ class UpdateSync:
         wants: bool = False,
     ) -> bool:
         """Go on together with ``groups`` or raise on all ranks; return whether any rank ``wants``."""
-        doing_what = f"{doing} {[(group.owners, group.rounds, group.local_steps) for group in groups]}"
+        doing_what = f"{doing} {[(group.key, group.rounds, group.local_steps) for group in groups]}"
         device = groups[0].buckets[0].anchor.flat.device
         checksum = zlib.crc32(doing_what.encode(), self._checksum)
         with network_failures(self.rank, groups[0].rounds, groups[0].buckets[0].names, f"agree to {doing}"):
@@ -311,7 +327,7 @@ class UpdateSync:
             rank, index = agreement.culprit
             names = [name for group in groups for name in group.names]
             name = names[index % len(names)]
-            step = groups[0].rounds * self.config.sync_every + index // len(names)
+            step = self.config.steps_before(groups[0].rounds) + index // len(names)
             self.restore()
             raise NonFiniteError(
                 f"Parameter `{name}` got a NaN or an infinity on rank {rank} in step {step}, and all "
@@ -328,14 +344,18 @@ class UpdateSync:
         """Drop what happened since the last exchange: the parameters hold the common model."""
         for group in self._groups:
             group.restore()
+        if self._buffers is not None:
+            self._buffers.drop()
 
     @torch.no_grad()
     def show_common(self) -> None:
         """Let the parameters hold the common model, to look at it in the middle of a round; :meth:`enter` swaps back."""
         for group in self._groups:
-            if group.local_steps and not group.stash:
+            if group.inside and group.away and not group.stash:
                 group.show_common()
         self.leave()
+        if self._buffers is not None:
+            self._buffers.show()
 
     @contextmanager
     def common_model(self) -> Iterator[None]:
@@ -344,11 +364,14 @@ class UpdateSync:
         with torch.no_grad():
             for group in shown:
                 group.show_common()
+            buffers_shown = self._buffers is not None and self._buffers.show()
             try:
                 yield
             finally:
                 for group in shown:
                     group.hide_common()
+                if self._buffers is not None and buffers_shown:
+                    self._buffers.hide()
 
     # ---- figures ----------------------------------------------------------------------------------------------------
 
@@ -361,33 +384,18 @@ class UpdateSync:
 
         A collective (a dense all-reduce of the residuals, counted as "diagnostics"): call it on all ranks, rarely.
         """
-        pieces = self._server.pieces(self.buckets)
-        total = 0.0
-        for bucket in self.buckets:
-            memory = FlatViews(bucket.params)
-            memory.flat.copy_(bucket.residual.flat)
-            for name, flat in zip(bucket.names, memory.flats, strict=True):
-                for start, values in pieces.get(name, []):
-                    # every coordinate of s has one owner, so W of it in the sum is s in the mean
-                    flat[start : start + values.numel()].add_(values, alpha=self.world)
-            mean = self._sum_over_ranks(memory.flat).div_(self.world)
-            if bucket.server is not None:
-                mean.add_(bucket.server.flat)
-            squares = mean.sub_(bucket.residual.flat, alpha=self.config.coefficient).square_().sum(dtype=torch.float64)
-            total += float(self._sum_over_ranks(squares)) / self.world
-        return total
-
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        if self.world > 1:
-            dist.all_reduce(values, group=self.group)
-            self.meter.all_reduce("diagnostics", values.nbytes, self.world)
-        return values
+        return mismatch(self.buckets, self._server, self.config.coefficient, self.meter, self.group)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state: tensors, numbers and strings only. Tensors are references, except inside a round."""
-        return collect_state(self._groups, self._server, self._asleep)
+        state = collect_state(self._groups, self._server, self._asleep)
+        if not self.config.residuals and not self.config.server_compression:
+            state["residuals"] = dict(self._asleep["residuals"])  # the others are zeros
+        buffers = {} if self._buffers is None else self._buffers.state_dict()
+        more = {"outer": self._ends.outer.state_dict(), "buffers": buffers, "flight": state.pop("flight")}
+        return {**state, **{key: values for key, values in more.items() if values}}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -396,4 +404,7 @@ class UpdateSync:
         The parameters must hold the common model. Ranks may have lost their states: if nothing was tracked before, the
         first :meth:`track` gives them the others' counters.
         """
+        self._ends.outer.load_state_dict(state.get("outer", {}))
+        if self._buffers is not None and not self._buffers.changed:
+            self._buffers.load_state_dict(state.get("buffers", {}))
         self._asleep = place_state(state, self._groups, self._server)

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_distopt.compressors.base import Compressor, Field, Payload
+from lightning_distopt.compressors.base import Compressor, Payload
+from lightning_distopt.compressors.exact import Exact
 from lightning_distopt.compressors.randomness import derive_key
 from lightning_distopt.exchange.base import Arrived, Arriving, Exchange, Piece, device_of
 from lightning_distopt.exchange.meter import Meter
@@ -83,7 +84,7 @@ class ShardedServerExchange(Exchange):
                 f"{compressor} cannot. Use `exchange='all_reduce'`, whose cost does not grow with the ranks either."
             )
         super().__init__(compressor, meter, group)
-        self.answer: Compressor = compressor if compress_answer else _Exact()
+        self.answer: Compressor = compressor if compress_answer else Exact()
         self.keep_residual = keep_residual and compress_answer
         self.seed = seed
         self.residuals: dict[str, ServerResidual] = {}
@@ -205,21 +206,6 @@ class ShardedServerExchange(Exchange):
     def _pack(self, parts: list[Payload], device: torch.device) -> Tensor:
         layouts = [self.compressor.layout(part.numel, part.dtype, self.compressor.entries(part)) for part in parts]
         return Wire(layouts).pack(parts, device)
-
-
-class _Exact(Compressor):
-    """Every element in the tensor's own dtype."""
-
-    per_tensor = False
-
-    def layout(self, numel: int, dtype: torch.dtype, entries: int | None = None) -> tuple[Field, ...]:
-        return (Field("values", dtype, numel),)
-
-    def _encode(self, flat: Tensor, key: int) -> dict[str, Tensor]:
-        return {"values": flat}
-
-    def _decode_add_(self, fields: dict[str, Tensor], key: int, out: Tensor, alpha: float) -> None:
-        out.add_(fields["values"], alpha=alpha)
 
 
 def _copy_overlap(source: ServerResidual, target: ServerResidual) -> None:

@@ -3,6 +3,7 @@
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_distopt.strategies.dsp import DSPStrategy
+from lightning_distopt.strategies.local_update import LocalUpdateStrategy
 from lightning_distopt.strategies.ouroboros import OuroborosStrategy
 from lightning_distopt.strategies.pipeline import PipelineStrategy
 from lightning_distopt.strategies.registry import StrategyRecord, list_strategies, register
@@ -14,6 +15,7 @@ __all__ = [
     "AutoCompressedDDPStrategy",
     "CompressedDDPStrategy",
     "DSPStrategy",
+    "LocalUpdateStrategy",
     "OuroborosStrategy",
     "PipelineStrategy",
     "StalePipelineStrategy",

@@ -54,10 +54,10 @@ def checked_coefficient(strategy: CompressedDDPStrategy, coefficient: float | No
                 f"`error_feedback={strategy.error_feedback!r}`. Leave it out."
             )
         return 0.0
-    if strategy.error_feedback == "local":
+    if strategy.error_feedback in ("local", "none"):
         if coefficient:
             raise ValueError(
-                f"`coefficient` must be 0 with `error_feedback='local'`: got {coefficient}. Use "
+                f"`coefficient` must be 0 with `error_feedback={strategy.error_feedback!r}`: got {coefficient}. Use "
                 "`error_feedback='step_ahead'` to take gradients ahead of the common model."
             )
         return 0.0

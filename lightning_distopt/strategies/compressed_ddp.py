@@ -200,6 +200,11 @@ class CompressedDDPStrategy(DDPStrategy):
         return self.error_feedback in ("step_ahead", "local")
 
     @property
+    def _sending(self) -> str:
+        """The choice by which updates are sent, for messages."""
+        return f"`error_feedback={self.error_feedback!r}`"
+
+    @property
     def precision_plugin(self) -> Precision:
         return super().precision_plugin
 
@@ -267,9 +272,14 @@ class CompressedDDPStrategy(DDPStrategy):
         assert self.lightning_module is not None
         buffers = self.lightning_module.buffers() if self._sends_buffers_first else ()
         broadcast_([*self.lightning_module.parameters(), *buffers], self.meter, "setup")
+        config = self._update_config(self._exchange_on(world))
+        self._local_steps = self._make_local_steps(UpdateSync(config, self.meter))
+        self._rank_state.go_on(self._local_steps.sync)
+
+    def _update_config(self, exchange: ExchangeName) -> UpdateSyncConfig:
+        """Return the method as the engine's numbers."""
         assert isinstance(self.compressor, Compressor)
-        exchange = self._exchange_on(world)
-        config = UpdateSyncConfig(
+        return UpdateSyncConfig(
             compressor=self.compressor,
             exchange=exchange,
             coefficient=self.coefficient,
@@ -281,8 +291,10 @@ class CompressedDDPStrategy(DDPStrategy):
             bucket_bytes=self.bucket_mb * 2**20,
             seed=self._shared_seed,
         )
-        self._local_steps = LocalSteps(self, UpdateSync(config, self.meter), self._sends_buffers)
-        self._rank_state.go_on(self._local_steps.sync)
+
+    def _make_local_steps(self, sync: UpdateSync) -> LocalSteps:
+        """Return what drives the engine through the steps of a fit."""
+        return LocalSteps(self, sync, self._sends_buffers)
 
     def _exchange_on(self, world: int) -> ExchangeName:
         if self.exchange != "auto":
@@ -302,15 +314,15 @@ class CompressedDDPStrategy(DDPStrategy):
         for optimizer in self.optimizers:
             if self.sends_updates and isinstance(optimizer, RSGD):
                 raise MisconfigurationException(
-                    f"`error_feedback={self.error_feedback!r}` does not go with RSGD: its second point follows the local steps, "
-                    "and would be another one on each rank. Use "
-                    "`error_feedback='gradient'` or `'none'`, where all ranks step alike."
+                    f"{self._sending} does not go with RSGD: its second point follows the local steps, and would be another one "
+                    "on each rank. Use `CompressedDDPStrategy` with `error_feedback='gradient'` or `'none'`, where all ranks "
+                    "step alike."
                 )
             if self.sends_updates and hasattr(optimizer, "consolidate_state_dict"):
                 raise MisconfigurationException(
-                    f"`error_feedback={self.error_feedback!r}` does not go with {type(optimizer).__name__}: each rank must step "
-                    "all parameters by its own gradient, and this optimizer steps a part of them and sends it to the others. "
-                    "Use the optimizer that it wraps, or `error_feedback='none'`."
+                    f"{self._sending} does not go with {type(optimizer).__name__}: each rank must step all parameters by its own "
+                    "gradient, and this optimizer steps a part of them and sends it to the others. Use the optimizer that it "
+                    "wraps, or `CompressedDDPStrategy` with `error_feedback='none'`."
                 )
 
     def _register_ddp_hooks(self) -> None:

@@ -102,7 +102,7 @@ def _checked(values: Any) -> Header:
     if not _SAVE_ID.fullmatch(values["save_id"]):
         raise ValueError(f"its `save_id` is {_shown(values['save_id'])}, not letters, digits, '-' and '_'")
     shared = values["shared"]
-    _check_engine({k: v for k, v in shared.items() if k in ("rounds", "rates", "mean")})
+    _check_engine({k: v for k, v in shared.items() if k in ("rounds", "rates", "mean", "outer", "flight")})
     decision = values.get("decision")
     if decision is not None and not (
         isinstance(decision, dict) and all(type(value) in (str, int, float) for value in decision.values())
@@ -135,7 +135,15 @@ def check_sidecar(content: Mapping[str, Any], save_id: str, rank: int) -> None:
 
 def _check_engine(state: Mapping[str, Any]) -> None:
     """Check the parts of an engine's state that are used by name; what nobody reads may be anything."""
-    for name in ("residuals", "server", "local"):
+    for key, value in _items(state, "buffers"):
+        if not isinstance(value, Tensor) or value.is_sparse:
+            raise TypeError(f"`buffers` of {_shown(key)} is {_shown(value)}, not a dense tensor")
+    for key, memory in _items(state, "outer"):
+        if not isinstance(memory, dict) or not all(isinstance(v, (Tensor, int, float)) for v in memory.values()):
+            raise TypeError(f"`outer` of {_shown(key)} is {_shown(memory)}, not tensors and numbers by name")
+        if not all(bool(v.isfinite().all()) for v in memory.values() if isinstance(v, Tensor)):
+            raise ValueError(f"`outer` of {_shown(key)} holds a NaN or an infinity")
+    for name in ("residuals", "server", "local", "flight"):
         for key, value in _items(state, name):
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_sparse:
                 raise TypeError(f"`{name}` of {_shown(key)} is {_shown(value)}, not a dense tensor of floats")

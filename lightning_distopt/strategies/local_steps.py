@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_distopt.data_parallel import UpdateSync
+from lightning_distopt.data_parallel.non_finite import drop_gradients
 from lightning_distopt.data_parallel.replicas import broadcast_
-from lightning_distopt.exchange import network_failures
+from lightning_distopt.exchange import Meter, network_failures
 from lightning_distopt.strategies.compat import backward_is_skipped
 
 if TYPE_CHECKING:
@@ -39,12 +40,26 @@ class LocalSteps:
         strategy: whose optimizers and module are trained.
         sync: the engine.
         send_buffers: broadcast rank 0's buffers when a round begins, as ``ddp`` does.
+        average_buffers: average them when a round ends instead.
+        fresh_state: forget the local optimizers' state when a round ends.
     """
 
-    def __init__(self, strategy: CompressedDDPStrategy, sync: UpdateSync, send_buffers: bool) -> None:
+    def __init__(
+        self,
+        strategy: CompressedDDPStrategy,
+        sync: UpdateSync,
+        send_buffers: bool,
+        *,
+        average_buffers: bool = False,
+        fresh_state: bool = False,
+    ) -> None:
         self.sync = sync
         self._strategy = strategy
-        self._send_buffers = send_buffers
+        self._send_buffers = send_buffers and not average_buffers
+        self._average_buffers = send_buffers and average_buffers
+        self._fresh_state = fresh_state
+        if self._average_buffers:
+            sync.average_buffers(self._module.named_buffers)
         self._members: list[tuple[int, int, bool]] | None = None
         self._buffers_due = True
         self._in_training_step = False
@@ -73,14 +88,14 @@ class LocalSteps:
     def training_step(self, run: Callable[[], Any]) -> Any:
         """Take the forward of one batch (in manual optimization all that it does) at ``y``."""
         if backward_is_skipped(self._module.trainer):
-            self.sync.leave()
+            self.sync.look()
             output = run()
             if self._stepping:  # after the last batch Lightning steps once more, with the gradients of before
                 self.sync.enter()
             return output
         self._track()
         if self._buffers_due:
-            self._buffer_bytes = self.broadcast_buffers("buffers")
+            self._buffer_bytes = self._bytes_under_ddp() if self._average_buffers else self.broadcast_buffers("buffers")
             self._buffers_due = False
         if self._stepped:
             self._strategy.meter.dense_bytes += self._buffer_bytes  # ddp sends them before every step
@@ -126,6 +141,7 @@ class LocalSteps:
     def _look_before(self, optimizer: Optimizer) -> None:
         params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._skips = self._strategy.guard.before_step(params)
+        drop_gradients(self.sync.resting)  # who sits a round out takes no step in it
 
     def _before_bare_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._stepping and self._owners_of(optimizer):
@@ -182,6 +198,8 @@ class LocalSteps:
             self.sync.leave()
         elif self.sync.exchange(number):
             self._buffers_due = True
+            if self._fresh_state and not self.sync.warm:
+                self._strategy.optimizers[number].state.clear()
         if self._in_training_step and not self._module.automatic_optimization:
             self.sync.enter()  # more forwards may follow in this training_step
             self._norms_ahead = self._norms()
@@ -227,6 +245,13 @@ class LocalSteps:
         """End rounds early, so that the common model has every step in it."""
         self.sync.flush()
         self.broadcast_buffers("validation")
+
+    def _bytes_under_ddp(self) -> int:
+        """Return the bytes of buffers that this rank would send before a step of ``ddp``."""
+        would = Meter()
+        nbytes = sum(buffer.nbytes for buffer in self._module.buffers())
+        would.broadcast("buffers", nbytes, self.sync.world, self.sync.rank)
+        return would.bytes_sent
 
     def broadcast_buffers(self, purpose: str) -> int:
         """Overwrite the module's buffers by rank 0's; return the bytes that this rank sent."""

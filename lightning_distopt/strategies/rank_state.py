@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["RankState"]
 
 _OWN = ("residuals",)  # what differs between ranks in the state of `GradientSync`
+_SHARED = ("outer", "flight")  # what does not in that of `UpdateSync`
 _UNITS = {"step_ahead": "parameters", "local": "parameters", "gradient": "gradients", "none": "nothing"}
 _PATIENCE = 10.0  # seconds that a rank which saves after an exception waits for the others to do so, too
 _FOREIGN = "it belongs to another save"
@@ -147,10 +148,10 @@ class RankState:
         header = Header(
             world_size=strategy.world_size,
             algorithm=strategy.strategy_name,
-            error_feedback=strategy.error_feedback,
+            error_feedback=_feedback(strategy),
             save_id=f"{strategy.run_id}-{checkpoint.get('epoch')}-{checkpoint.get('global_step')}-{batches}-{self._saves}",
             inside_epoch=bool(batches) and not epoch.get("is_last_batch", True),
-            shared={} if strategy.sends_updates else {k: v for k, v in state.items() if k not in _OWN},
+            shared={k: v for k, v in state.items() if (k in _SHARED if strategy.sends_updates else k not in _OWN)},
             decision=strategy.decision,
         )
         loaders = _loaders(checkpoint)
@@ -164,8 +165,11 @@ class RankState:
         sync = strategy.update_sync or strategy.gradient_sync
         state = self._kept if sync is None else sync.state_dict()
         assert state is not None
-        if not strategy.sends_updates:
-            state = {key: value for key, value in state.items() if key in _OWN}
+        state = {
+            key: value
+            for key, value in state.items()
+            if (key not in _SHARED if strategy.sends_updates else key in _OWN)
+        }
         # Where gradients are averaged all ranks' optimizers are alike; rank 0's is in the checkpoint.
         own = strategy.sends_updates and not self._is_first
         content = {
@@ -286,7 +290,8 @@ class RankState:
             f"{strategy.world_size}: {merged}every rank continues with rank 0's optimizer state and random numbers of its "
             f"own.{again} Resume with {world} devices for an exact continuation."
         )
-        if strategy.uses_residuals and _UNITS[header.error_feedback] == _UNITS[strategy.error_feedback]:
+        unit = _UNITS[_feedback(strategy)]
+        if unit != "nothing" and _UNITS[header.error_feedback] == unit:
             reasons: dict[int, str] = {}
             lying = set().union(*saves_of(self.path).values())
             ranks = (
@@ -364,7 +369,7 @@ class RankState:
             return checkpoint
         if strategy.gradient_sync is not None:
             strategy.gradient_sync.load_state_dict(header.shared)
-        before, now = header.error_feedback, strategy.error_feedback
+        before, now = header.error_feedback, _feedback(strategy)
         if before != "none" and _UNITS[before] != _UNITS[now]:
             rank_zero_warn(
                 f"The checkpoint was written with `error_feedback={before!r}` and this run has {now!r}: the "
@@ -372,15 +377,23 @@ class RankState:
                 "for an exact continuation."
             )
             return checkpoint
+        if strategy.update_sync is not None:
+            shared = {key: header.shared[key] for key in _SHARED if key in header.shared}
+            if shared or found is not None:
+                strategy.update_sync.load_state_dict({**(found or {"state": {}})["state"], **shared})
         if found is None:
             return checkpoint
-        if strategy.update_sync is not None:
-            strategy.update_sync.load_state_dict(found["state"])
         if strategy.gradient_sync is not None:
             strategy.gradient_sync.load_state_dict({**header.shared, **found["state"]})
         if found["random"] is not None:
             restore_random_states(found["random"])
         return {**checkpoint, "optimizer_states": found["optimizers"]} if found["optimizers"] else checkpoint
+
+
+def _feedback(strategy: CompressedDDPStrategy) -> str:
+    """Return the kind of error feedback that says in which units residuals are, if there are any."""
+    forgets = strategy.sends_updates and strategy.error_feedback == "none"
+    return "local" if forgets else strategy.error_feedback
 
 
 def _loaders(checkpoint: Mapping[str, Any]) -> list[Any]:

@@ -7,9 +7,11 @@ from typing import Any
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
+from lightning_distopt.data_parallel import FedMom
 from lightning_distopt.strategies.auto import AutoCompressedDDPStrategy
 from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_distopt.strategies.dsp import DSPStrategy
+from lightning_distopt.strategies.local_update import LocalUpdateStrategy
 from lightning_distopt.strategies.ouroboros import OuroborosStrategy
 from lightning_distopt.strategies.pipeline import PipelineStrategy
 from lightning_distopt.strategies.stale_pipeline import StalePipelineStrategy
@@ -50,6 +52,11 @@ def _gradients(suffix: str, paper: str, description: str, compressor: str, error
     """Describe a common choice of what travels inside backward."""
     arguments = {"compressor": compressor, "error_feedback": error_feedback}
     return StrategyRecord(f"compressed_ddp_{suffix}", paper, description, CompressedDDPStrategy, arguments)
+
+
+def _local(name: str, paper: str, description: str, **arguments: Any) -> StrategyRecord:
+    """Describe a method of replicas that talk every so many steps."""
+    return StrategyRecord(name, paper, description, LocalUpdateStrategy, arguments)
 
 
 def _pipeline(name: str, paper: str, description: str, plan: str) -> StrategyRecord:
@@ -98,6 +105,40 @@ _METHODS = (
         "none",
         "DDP that measures, and takes a compressor if it pays, else 16 bit",
         AutoCompressedDDPStrategy,
+    ),
+    _local("local_sgd", "arXiv:1805.09767", "replicas average their models every 8 steps", weighting="uniform"),
+    _local(
+        "fedavg",
+        "arXiv:1602.05629",
+        "replicas average every 20 steps, weighted by samples",
+        sync_every=20,
+        inner_state="reset",
+    ),
+    _local(
+        "fedmom",
+        "arXiv:2002.02090",
+        "fedavg with Nesterov momentum on the averaged displacement",
+        sync_every=20,
+        outer_optimizer=FedMom(),
+        inner_state="reset",
+    ),
+    _local(
+        "diloco",
+        "arXiv:2311.08105",
+        "500 local steps a round, then a Nesterov step, 0.7 and 0.9",
+        sync_every=500,
+        outer_optimizer=FedMom(0.7, 0.9),
+        weighting="uniform",
+    ),
+    _local(
+        "sa_pef",
+        "arXiv:2601.20738",
+        "5 steps from 0.85 residuals ahead; top 1 % is exchanged",
+        sync_every=5,
+        compressor="topk:0.01",
+        error_feedback="step_ahead",
+        coefficient=0.85,
+        weighting="uniform",
     ),
     StrategyRecord(
         "zo_ddp",

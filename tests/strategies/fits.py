@@ -99,11 +99,16 @@ class At(Callback):
 
 
 class Agree(Callback):
-    """After every batch all ranks hold the same parameters, bit for bit, and none is away from the common model."""
+    """After every batch all ranks hold the same parameters, bit for bit, and none is away from the common model.
+
+    In a round of several local steps they need not, until it ends.
+    """
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        assert_same_on_all_ranks(flat(pl_module))
         sync = getattr(trainer.strategy, "update_sync", None)
+        if sync is not None and sync.config.sync_every > 1 and sync.away:
+            return
+        assert_same_on_all_ranks(flat(pl_module))
         assert sync is None or not sync.away
 
 

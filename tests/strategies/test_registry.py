@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 from lightning.fabric.strategies.registry import _StrategyRegistry
@@ -14,6 +15,7 @@ from lightning_distopt import (
     AutoCompressedDDPStrategy,
     CompressedDDPStrategy,
     DSPStrategy,
+    LocalUpdateStrategy,
     OuroborosStrategy,
     PipelineStrategy,
     StalePipelineStrategy,
@@ -21,8 +23,9 @@ from lightning_distopt import (
     list_strategies,
     register,
 )
+from lightning_distopt.data_parallel import FedMom
 
-METHODS: dict[str, dict[str, str]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "compressed_ddp": {},
     "compressed_ddp_topk": {"compressor": "topk:0.01", "error_feedback": "gradient"},
     "compressed_ddp_sign": {"compressor": "sign", "error_feedback": "gradient"},
@@ -31,6 +34,21 @@ METHODS: dict[str, dict[str, str]] = {
     "compressed_ddp_orq": {"compressor": "orq:5", "error_feedback": "none"},
     "compressed_ddp_bf16": {"compressor": "bf16", "error_feedback": "none"},
     "compressed_ddp_auto": {},
+    **(
+        LOCAL := {
+            "local_sgd": {"weighting": "uniform"},
+            "fedavg": {"sync_every": 20, "inner_state": "reset"},
+            "fedmom": {"sync_every": 20, "outer_optimizer": FedMom(1.0, 0.9), "inner_state": "reset"},
+            "diloco": {"sync_every": 500, "outer_optimizer": FedMom(0.7, 0.9), "weighting": "uniform"},
+            "sa_pef": {
+                "sync_every": 5,
+                "compressor": "topk:0.01",
+                "error_feedback": "step_ahead",
+                "coefficient": 0.85,
+                "weighting": "uniform",
+            },
+        }
+    ),
     "zo_ddp": {},
 }
 PIPELINES: dict[str, dict[str, str]] = {
@@ -57,6 +75,8 @@ def class_of(name: str) -> type[Strategy]:
         return AutoCompressedDDPStrategy if "_auto" in name else CompressedDDPStrategy
     if name.startswith("pipeline"):
         return PipelineStrategy
+    if any(name.startswith(method) for method in LOCAL):
+        return LocalUpdateStrategy
     if name.startswith("zo_"):
         return ZeroOrderDDPStrategy
     if name.startswith("ouroboros"):
