@@ -12,6 +12,8 @@ except ImportError as error:
 
 from lightning_distopt.primal_dual.certificate import Certificate, Row
 from lightning_distopt.primal_dual.config import PRESETS, Config, preset
+from lightning_distopt.primal_dual.estimators import ACPDClassifier, ACPDRegressor
+from lightning_distopt.primal_dual.libsvm import read_libsvm
 from lightning_distopt.primal_dual.losses import LOSSES, Loss
 from lightning_distopt.primal_dual.server import Server
 from lightning_distopt.primal_dual.shard import Shard
@@ -22,6 +24,8 @@ from lightning_distopt.primal_dual.worker import Worker
 __all__ = [
     "LOSSES",
     "PRESETS",
+    "ACPDClassifier",
+    "ACPDRegressor",
     "Certificate",
     "Cluster",
     "Config",
@@ -32,6 +36,7 @@ __all__ = [
     "Simulation",
     "Worker",
     "preset",
+    "read_libsvm",
     "shards_of",
     "simulate",
 ]

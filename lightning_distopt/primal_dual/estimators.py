@@ -1,0 +1,444 @@
+"""Estimators of scikit-learn: linear models with L2, solved to a duality gap, on one worker or many.
+
+    P(w) = 1/N sum_i c_i phi(x_i.w, y_i) + lam/2 |w|^2          c: sample weight times class weight; N = sum_i c_i
+
+Source: arXiv:1910.04235 (ACPD); one worker is plain stochastic dual coordinate ascent.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import compute_class_weight
+from sklearn.utils.extmath import safe_sparse_dot
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from lightning_distopt.errors import DataError
+from lightning_distopt.primal_dual.certificate import Row
+from lightning_distopt.primal_dual.config import PRESETS, Config, check_density, check_tol, preset
+from lightning_distopt.primal_dual.libsvm import read_libsvm
+from lightning_distopt.primal_dual.losses import CLASSIFICATION, REGRESSION, Loss, loss_named
+from lightning_distopt.primal_dual.progress import log_to, shown
+from lightning_distopt.primal_dual.single import solve_alone
+from lightning_distopt.primal_dual.split import as_csr, make_shard
+
+__all__ = ["ACPDClassifier", "ACPDRegressor"]
+
+Array = NDArray[np.float64]
+_ALGORITHMS = tuple(PRESETS)
+_DENSE_BELOW = 512  # coordinates: a message of 5 % would be mostly header
+
+
+class _Linear(BaseEstimator):
+    """What both estimators share; their arguments are documented there."""
+
+    loss: str
+    lam: float
+    n_workers: int
+    group_size: int | None
+    sync_period: int
+    density: float | str
+    local_steps: int | None
+    C: float | None
+    fit_intercept: bool
+    warm_start: bool
+    sigma: float | str | None
+    gamma: float
+    tol: float
+    max_rounds: int
+    seed: int
+    algorithm: str
+    verbose: bool
+    on_worker_loss: str
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: int
+    timeout: float
+
+    coef_: Array
+    intercept_: Any
+    dual_: Array
+    gap_: float
+    primal_: float
+    history_: list[dict[str, float]]
+    n_iter_: int
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def plot_history(self, ax: Any = None) -> Any:
+        """Draw the duality gap against seconds and, for several workers, against bytes; return matplotlib's axes.
+
+        Args:
+            ax: one pair of axes, or two where bytes are drawn too; ``None`` makes them.
+        """
+        check_is_fitted(self)
+        import matplotlib.pyplot as plt
+
+        quantities = [("seconds", "seconds")]
+        if any(row["bytes_up"] for row in self.history_):
+            quantities.append(("bytes", "bytes sent and received"))
+        if ax is None:
+            ax = plt.subplots(
+                1, len(quantities), squeeze=False, layout="constrained", figsize=(5 * len(quantities), 3.5)
+            )[1][0]
+        for one, (quantity, label) in zip(np.atleast_1d(ax), quantities, strict=False):
+            for problem in sorted({row["problem"] for row in self.history_}):
+                rows = [row for row in self.history_ if row["problem"] == problem]
+                at = [row["seconds"] if quantity == "seconds" else row["bytes_up"] + row["bytes_down"] for row in rows]
+                one.semilogy(at, [max(row["gap"], 1e-16) for row in rows], marker=".")
+            one.set(xlabel=label, ylabel="duality gap")
+        return ax
+
+    def _checked(self, workers: int, dim: int) -> Config:
+        """Return the engine's settings; every argument is looked at, also where one worker does not need it."""
+        if not isinstance(self.fit_intercept, bool | np.bool_):
+            raise TypeError(f"`fit_intercept` must be True or False: got {self.fit_intercept!r}.")
+        if self.on_worker_loss not in ("raise", "redistribute"):
+            raise ValueError(f"`on_worker_loss` must be 'raise' or 'redistribute': got {self.on_worker_loss!r}.")
+        check_tol(self.tol)
+        density: float | None = None
+        if isinstance(self.density, str):
+            if self.density != "auto":
+                raise ValueError(f"`density` must be 'auto' or a number in (0, 1]: got {self.density!r}.")
+            if self.algorithm.startswith("acpd") and (dim < _DENSE_BELOW or workers == 1):
+                density = 1.0
+        else:
+            density = check_density(self.density)
+        given: dict[str, Any] = {"local_steps": self.local_steps, "sigma": self.sigma, "tol": self.tol}
+        if self.algorithm.startswith("acpd"):
+            given.update(density=density, group_size=self.group_size, sync_period=self.sync_period, gamma=self.gamma)
+        return preset(self.algorithm, workers, max_rounds=self.max_rounds, seed=self.seed, **given)
+
+    def _strength(self, loss: Loss, total: float) -> float:
+        """Return lam, translated from C where that is given."""
+        if self.C is None:
+            if not self.lam > 0:
+                raise ValueError(f"`lam` must be above 0: got {self.lam!r}. The dual needs some regularisation.")
+            return float(self.lam)
+        if not self.C > 0:
+            raise ValueError(f"`C` must be above 0, or None to use `lam`: got {self.C!r}.")
+        return 1.0 / (float(self.C) * total * loss.c_factor)
+
+    def _solve(self, x: Any, targets: Array, weight: Array, loss: Loss, logger: Any) -> None:
+        """Solve one problem for each row of ``targets`` and set the fitted attributes."""
+        total = float(weight.sum())
+        if not total > 0:
+            raise DataError(f"`sample_weight` must have a positive sum: got {total}.")
+        lam = self._strength(loss, total)
+        config = self._checked(self.n_workers, x.shape[1] + int(self.fit_intercept))
+        starts = self._starts(targets.shape)
+        models, duals, self.history_ = [], [], []
+        gap = primal = 0.0
+        rounds, reached = 0, True
+        for problem, (y, start) in enumerate(zip(targets, starts, strict=True)):
+            name = "gap" if len(targets) == 1 else f"gap, problem {problem + 1} of {len(targets)}"
+            prefix = "dual" if len(targets) == 1 else f"dual/{problem}"
+            with shown(bool(self.verbose), self.tol, name) as show:
+
+                def on_row(row: Row, problem: int = problem, prefix: str = prefix, show: Any = show) -> None:
+                    self.history_.append({**row.asdict(), "problem": problem})
+                    show(row)
+                    if logger is not None:
+                        log_to(logger, row, prefix)
+
+                model, alpha, found = self._solve_one(x, y, weight, loss, lam, config, start, on_row, problem)
+            models.append(model)
+            duals.append(alpha)
+            gap, primal = gap + found.gap, primal + found.primal
+            rounds = max(rounds, int(self.history_[-1]["rounds"]))
+            reached = reached and found.relative <= self.tol
+        self.gap_, self.primal_, self.n_iter_, self.lam_ = gap, primal, rounds, lam
+        self._set_models(np.array(models), np.array(duals))
+        if not reached:
+            warnings.warn(
+                f"The relative gap is above `tol={self.tol}` after `max_rounds={self.max_rounds}` rounds: P - D = {gap:.3g} at "
+                f"P = {primal:.6g}. Raise `max_rounds` or `lam`, or scale the features.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+    def _solve_one(
+        self, x: Any, y: Array, weight: Array, loss: Loss, lam: float, config: Config, start: Array | None,
+        on_row: Callable[[Row], None], problem: int,
+    ) -> Any:  # fmt: skip
+        if config.workers == 1:
+            shard = make_shard(x, y, loss, lam, float(weight.sum()), weight, bool(self.fit_intercept))
+            found = solve_alone(
+                shard,
+                config.tol,
+                config.max_rounds,
+                alpha=start,
+                local_steps=config.local_steps,
+                seed=self.seed,
+                on_row=on_row,
+            )
+            return found[:3]
+        raise NotImplementedError
+
+    def _starts(self, shape: tuple[int, ...]) -> list[Array | None]:
+        before = getattr(self, "dual_", None) if self.warm_start else None
+        if before is None or np.atleast_2d(before).shape != shape:
+            return [None] * shape[0]
+        return [row.copy() for row in np.atleast_2d(before)]
+
+    def _set_models(self, models: Array, duals: Array) -> None:
+        raise NotImplementedError
+
+    def _samples(self, X: Any, y: Any, sample_weight: Any, **checks: Any) -> tuple[Any, Any, Array]:
+        if isinstance(X, str | os.PathLike):
+            if y is not None:
+                raise TypeError("`y` must be None where `X` is the path of a LIBSVM file: its first column holds them.")
+            X, y = read_libsvm(X)
+        x, y = validate_data(
+            self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_all_finite=False, **checks
+        )
+        weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        return as_csr(x), y, weight
+
+    def _scores(self, X: Any) -> Array:
+        check_is_fitted(self)
+        if isinstance(X, str | os.PathLike):
+            X, _ = read_libsvm(X, columns=self.n_features_in_)
+        x = validate_data(self, X, accept_sparse="csr", reset=False)
+        return np.asarray(safe_sparse_dot(x, self.coef_.T, dense_output=True) + self.intercept_)
+
+
+class ACPDClassifier(ClassifierMixin, _Linear):
+    """Linear classifier with L2, solved to a duality gap; several classes are one against the rest.
+
+    ``P(w) = 1/N sum_i c_i phi(x_i.w, y_i) + lam/2 |w|^2`` with y in {-1, 1}, c the sample weight times the class weight, and
+    N their sum. With ``fit_intercept`` the samples get one more feature, 1, whose weight is regularised like the others; with
+    ``fit_intercept=False`` nothing is added.
+
+    Args:
+        loss: "logistic", "hinge", "smoothed_hinge", "squared_hinge" (1/2 max(0, 1 - yz)^2) or "squared" (1/2 (z - y)^2).
+        lam: strength of the regulariser, above 0.
+        n_workers: K, processes on this machine; 1 solves in this process.
+        group_size: B, answers that the server waits for; ``None`` is half of K.
+        sync_period: T; every T-th round waits for all workers.
+        density: rho, the share of the coordinates that a message carries; "auto" is 0.05, or 1 below 512 coordinates.
+        local_steps: H, coordinate steps of a worker in a round; ``None`` is one pass over its samples.
+        C: LIBLINEAR's; ``None`` uses ``lam``. ``lam = 1/(C N)``, and half of that for the squared hinge, which LIBLINEAR
+            writes without 1/2.
+        fit_intercept: append the constant feature.
+        class_weight: "balanced", or weights by class; they multiply sample weights.
+        warm_start: begin at the dual variables of the last fit, where there are as many samples.
+        sigma: the safety factor of local problems; ``None`` is the safe ``gamma K``, "group" is ``gamma B`` under a guard.
+        gamma: share of each local step that is taken, in (0, 1].
+        tol: the fit ends when ``(P - D) / max(1, |P|)`` is at most this.
+        max_rounds: server rounds at most; passes, with one worker.
+        seed: of the orders of samples and of the partition.
+        algorithm: "acpd", "acpd_authors", "cocoa", "cocoa_plus" or "disdca"; the latter three have their own group size,
+            period, density and gamma.
+        verbose: show a bar with gap and bytes.
+        on_worker_loss: "raise", or "redistribute": the others take over its samples from the last checkpoint.
+        checkpoint: folder for checkpoints, from which an interrupted fit with the same data goes on; ``None`` keeps
+            none that outlives the fit.
+        checkpoint_every: certified full synchronisations between checkpoints.
+        timeout: seconds after which a worker that neither answers nor shows life counts as lost.
+
+    Attributes:
+        coef_: ``(1, d)``, or ``(classes, d)``.
+        intercept_: ``(1,)`` or ``(classes,)``.
+        classes_: labels, sorted.
+        dual_: alpha, ``(n,)`` or ``(classes, n)``.
+        gap_: P - D, absolute; the sum over the problems of several classes, as is ``primal_``.
+        primal_: P.
+        lam_: the strength that was used.
+        history_: a dictionary a certificate: seconds, rounds, primal, dual, gap, bytes_up, bytes_down, problem.
+        n_iter_: rounds, of the problem that took most.
+
+    Raises:
+        ValueError, TypeError: for arguments outside their range.
+        DataError: for samples that cannot be used.
+        WorkerLostError: if a worker is lost and ``on_worker_loss="raise"``.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.array([[0.0], [1.0], [2.0], [3.0]])
+        >>> ACPDClassifier(lam=1e-3).fit(x, ["low", "low", "high", "high"]).predict([[0.2], [2.7]]).tolist()
+        ['low', 'high']
+    """
+
+    def __init__(
+        self,
+        loss: str = "logistic",
+        lam: float = 1e-4,
+        n_workers: int = 1,
+        group_size: int | None = None,
+        sync_period: int = 10,
+        density: float | str = "auto",
+        local_steps: int | None = None,
+        C: float | None = None,
+        fit_intercept: bool = True,
+        class_weight: dict[Any, float] | str | None = None,
+        warm_start: bool = False,
+        sigma: float | str | None = None,
+        gamma: float = 1.0,
+        tol: float = 1e-4,
+        max_rounds: int = 10_000,
+        seed: int = 0,
+        algorithm: str = "acpd",
+        verbose: bool = False,
+        on_worker_loss: str = "raise",
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1,
+        timeout: float = 30.0,
+    ) -> None:
+        self.loss, self.lam, self.n_workers, self.group_size = loss, lam, n_workers, group_size
+        self.sync_period, self.density, self.local_steps, self.C = sync_period, density, local_steps, C
+        self.fit_intercept, self.class_weight, self.warm_start = fit_intercept, class_weight, warm_start
+        self.sigma, self.gamma, self.tol, self.max_rounds, self.seed = sigma, gamma, tol, max_rounds, seed
+        self.algorithm, self.verbose, self.on_worker_loss = algorithm, verbose, on_worker_loss
+        self.checkpoint, self.checkpoint_every, self.timeout = checkpoint, checkpoint_every, timeout
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, logger: Any = None) -> ACPDClassifier:
+        """Fit and return the estimator.
+
+        Args:
+            X: CSR or dense, ``(n, d)``; or the path of a LIBSVM file, with ``y=None``.
+            y: labels, ``(n,)``.
+            sample_weight: ``(n,)``, from 0.
+            logger: loggers of Lightning that get a row for every certificate.
+        """
+        loss = loss_named(self.loss, CLASSIFICATION)
+        x, labels, weight = self._samples(X, y, sample_weight)
+        check_classification_targets(labels)
+        self.classes_, places = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"`y` must hold at least 2 classes: got 1 class, {self.classes_[0]!r}.")
+        if self.class_weight is not None:
+            weight = weight * compute_class_weight(self.class_weight, classes=self.classes_, y=labels)[places]
+        chosen = [1] if len(self.classes_) == 2 else range(len(self.classes_))
+        self._solve(x, np.array([np.where(places == c, 1.0, -1.0) for c in chosen]), weight, loss, logger)
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """Return ``x.w``: ``(n,)``, or ``(n, classes)``; above 0 speaks for the class."""
+        scores = self._scores(X)
+        return scores[:, 0] if scores.shape[1] == 1 else scores
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Return the label of each sample, ``(n,)``."""
+        scores = self.decision_function(X)
+        return np.asarray(self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)])
+
+    @available_if(lambda self: self.loss == "logistic")  # type: ignore[untyped-decorator]
+    def predict_proba(self, X: Any) -> Array:
+        """Return probabilities, ``(n, classes)``, for the logistic loss; one-against-rest ones are scaled to sum 1."""
+        scores = self.decision_function(X)
+        positive = 0.5 * (1.0 + np.tanh(0.5 * scores))
+        if scores.ndim == 1:
+            return np.stack([1.0 - positive, positive], axis=1)
+        return np.asarray(positive / np.maximum(positive.sum(1, keepdims=True), np.finfo(float).tiny))
+
+    def _set_models(self, models: Array, duals: Array) -> None:
+        self.coef_ = models[:, :-1] if self.fit_intercept else models
+        self.intercept_ = models[:, -1] if self.fit_intercept else np.zeros(len(models))
+        self.dual_ = duals[0] if len(duals) == 1 else duals
+
+
+class ACPDRegressor(RegressorMixin, _Linear):
+    """Linear regression with L2 (ridge), solved to a duality gap.
+
+    ``P(w) = 1/N sum_i c_i 1/2 (x_i.w - y_i)^2 + lam/2 |w|^2``, with c the sample weights and N their sum: ridge regression
+    with ``alpha = lam N``, or ``1/C``. With ``fit_intercept`` the samples get one more feature, 1, whose weight is regularised
+    like the others.
+
+    Args:
+        loss: "squared", or "twice_squared", which has no 1/2.
+        lam: as for :class:`ACPDClassifier`, and so are the others.
+        n_workers: K.
+        group_size: B.
+        sync_period: T.
+        density: rho.
+        local_steps: H.
+        C: ``lam = 1/(C N)``.
+        fit_intercept: append the constant feature.
+        warm_start: begin at the dual variables of the last fit.
+        sigma: the safety factor.
+        gamma: share of each local step.
+        tol: of the relative gap.
+        max_rounds: at most.
+        seed: of the orders of samples.
+        algorithm: as there.
+        verbose: show a bar.
+        on_worker_loss: "raise" or "redistribute".
+        checkpoint: folder for checkpoints.
+        checkpoint_every: certified synchronisations between them.
+        timeout: seconds without life.
+
+    Attributes:
+        coef_: ``(d,)``.
+        intercept_: a number.
+        dual_: alpha, ``(n,)``.
+        gap_: P - D, absolute.
+        primal_: P.
+        lam_: the strength that was used.
+        history_: a dictionary a certificate.
+        n_iter_: rounds.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.arange(6.0)[:, None] / 5
+        >>> round(float(ACPDRegressor(lam=1e-3, tol=1e-9).fit(x, 2 * x[:, 0]).predict([[0.5]])[0]), 2)
+        1.0
+    """
+
+    def __init__(
+        self,
+        loss: str = "squared",
+        lam: float = 1e-4,
+        n_workers: int = 1,
+        group_size: int | None = None,
+        sync_period: int = 10,
+        density: float | str = "auto",
+        local_steps: int | None = None,
+        C: float | None = None,
+        fit_intercept: bool = True,
+        warm_start: bool = False,
+        sigma: float | str | None = None,
+        gamma: float = 1.0,
+        tol: float = 1e-4,
+        max_rounds: int = 10_000,
+        seed: int = 0,
+        algorithm: str = "acpd",
+        verbose: bool = False,
+        on_worker_loss: str = "raise",
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1,
+        timeout: float = 30.0,
+    ) -> None:
+        self.loss, self.lam, self.n_workers, self.group_size = loss, lam, n_workers, group_size
+        self.sync_period, self.density, self.local_steps, self.C = sync_period, density, local_steps, C
+        self.fit_intercept, self.warm_start = fit_intercept, warm_start
+        self.sigma, self.gamma, self.tol, self.max_rounds, self.seed = sigma, gamma, tol, max_rounds, seed
+        self.algorithm, self.verbose, self.on_worker_loss = algorithm, verbose, on_worker_loss
+        self.checkpoint, self.checkpoint_every, self.timeout = checkpoint, checkpoint_every, timeout
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, logger: Any = None) -> ACPDRegressor:
+        """Fit and return the estimator; see :meth:`ACPDClassifier.fit`."""
+        loss = loss_named(self.loss, REGRESSION)
+        x, y, weight = self._samples(X, y, sample_weight, y_numeric=True)
+        self._solve(x, np.asarray(y, np.float64)[None], weight, loss, logger)
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Return ``x.w``, ``(n,)``."""
+        return self._scores(X)
+
+    def _set_models(self, models: Array, duals: Array) -> None:
+        self.coef_ = models[0, :-1] if self.fit_intercept else models[0]
+        self.intercept_ = float(models[0, -1]) if self.fit_intercept else 0.0
+        self.dual_ = duals[0]

@@ -1,0 +1,106 @@
+"""One worker, in process: passes of SDCA straight on the model, and a certificate now and then.
+
+With K = 1 nothing travels, sigma' = 1, and ``m`` of the passes is w itself. A certificate costs about half a pass, so it is
+taken after 1, 2, 4, ... passes, and earlier where the rate so far says that the tolerance will have been reached. Small
+problems, of which a thousand passes take milliseconds, are solved further than ``tol`` asks, so that what they give does not
+depend on the order of samples; a small quadratic one ends with a direct solve.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from lightning_distopt.primal_dual.certificate import Certificate, Row, certify
+from lightning_distopt.primal_dual.losses import SQUARED
+from lightning_distopt.primal_dual.shard import Shard, pass_key
+
+__all__ = ["solve_alone"]
+
+Array = NDArray[np.float64]
+_AT_LEAST = 2**18  # entries visited before the first certificate, some milliseconds
+_DIRECT = 256  # samples, up to which a system of equations of that size takes milliseconds
+
+
+def solve_alone(
+    shard: Shard,
+    tol: float,
+    max_rounds: int,
+    *,
+    alpha: Array | None = None,
+    local_steps: int | None = None,
+    seed: int = 0,
+    on_row: Callable[[Row], None] | None = None,
+) -> tuple[Array, Array, Certificate, list[Row]]:
+    """Return ``(w, alpha, certificate, history)``, with w = v(alpha) computed anew at the end.
+
+    Args:
+        shard: all samples.
+        tol: of the relative gap.
+        max_rounds: passes at most.
+        alpha: dual variables to start from; changed in place.
+        local_steps: coordinate steps of a round; ``None`` is a pass.
+        seed: of the orders of samples.
+        on_row: called with every row of the history.
+    """
+    start = time.perf_counter()
+    alpha = (
+        np.zeros(shard.n) if alpha is None else shard.loss.feasible(np.ascontiguousarray(alpha, np.float64), shard.y)
+    )
+    w = shard.contribution(alpha)
+    history: list[Row] = []
+
+    def note(done: int) -> Certificate:
+        found = certify(shard.primal_sum(w), shard.dual_sum(alpha), w, shard.lam, shard.total)
+        history.append(Row(time.perf_counter() - start, done, found.primal, found.dual, found.gap))
+        if on_row is not None:
+            on_row(history[-1])
+        return found
+
+    entries = shard.nonzeros if local_steps is None else local_steps * max(1, shard.nonzeros) / max(1, shard.n)
+    ahead, done = max(1, math.ceil(_AT_LEAST / max(1.0, entries))), 0
+    if alpha.any() and note(0).relative <= tol:  # a warm start may be there already
+        max_rounds = 0
+    while done < max_rounds:
+        some = min(ahead, max_rounds - done)
+        if local_steps is None:
+            shard.passes(alpha, w, 1.0, [pass_key(seed, 0, done + k) for k in range(some)])
+        else:
+            shard.draws(alpha, w, 1.0, seed, 0, done * local_steps, some * local_steps)
+        done += some
+        if note(done).relative <= tol:
+            break
+        ahead = _rounds_ahead(history, tol)
+    if done and shard.n <= _DIRECT and shard.loss.code == SQUARED:
+        alpha = _direct(shard)
+    w = shard.contribution(alpha)
+    return w, alpha, note(done), history
+
+
+def _direct(shard: Shard) -> Array:
+    """Return the best alpha of the squared loss: ``alpha + X v(alpha) = y``, a positive definite system in sqrt(c) alpha."""
+    x = sp.csr_matrix((shard.data, shard.indices, shard.indptr), shape=(shard.n, shard.dim - shard.bias)).toarray()
+    x = np.hstack([x.astype(np.float64), np.ones((shard.n, int(shard.bias)))])
+    root = np.sqrt(shard.scale)
+    rows = root[:, None] * x
+    unknown = scipy.linalg.solve(np.eye(shard.n) + rows @ rows.T, root * shard.y, assume_a="pos")
+    return np.asarray(shard.y - x @ (rows.T @ unknown))
+
+
+def _rounds_ahead(history: list[Row], tol: float) -> int:
+    """Rounds until the next certificate: as many as were done, or fewer where the gap's rate says so."""
+    last = history[-1]
+    if len(history) < 2 or last.gap <= 0.0:
+        return max(1, last.rounds)
+    before = history[-2]
+    rate = math.log(max(before.gap, 1e-300) / last.gap) / max(1, last.rounds - before.rounds)
+    left = math.log(last.gap / max(tol * max(1.0, abs(last.primal)), 1e-300))
+    if rate <= 0.0:
+        return max(1, last.rounds)
+    return max(1, min(last.rounds, math.ceil(left / rate)))
