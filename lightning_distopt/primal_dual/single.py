@@ -44,20 +44,18 @@ def solve_alone(
         shard: all samples.
         tol: of the relative gap.
         max_rounds: passes at most.
-        alpha: dual variables to start from; changed in place.
+        alpha: dual variables to start from, ``(n,)``.
         local_steps: coordinate steps of a round; ``None`` is a pass.
         seed: of the orders of samples.
         on_row: called with every row of the history.
     """
     start = time.perf_counter()
-    alpha = (
-        np.zeros(shard.n) if alpha is None else shard.loss.feasible(np.ascontiguousarray(alpha, np.float64), shard.y)
-    )
-    w = shard.contribution(alpha)
+    at = np.zeros(shard.n) if alpha is None else shard.loss.feasible(np.ascontiguousarray(alpha, np.float64), shard.y)
+    w = shard.contribution(at)
     history: list[Row] = []
 
     def note(done: int) -> Certificate:
-        found = certify(shard.primal_sum(w), shard.dual_sum(alpha), w, shard.lam, shard.total)
+        found = certify(shard.primal_sum(w), shard.dual_sum(at), w, shard.lam, shard.total)
         history.append(Row(time.perf_counter() - start, done, found.primal, found.dual, found.gap))
         if on_row is not None:
             on_row(history[-1])
@@ -65,22 +63,22 @@ def solve_alone(
 
     entries = shard.nonzeros if local_steps is None else local_steps * max(1, shard.nonzeros) / max(1, shard.n)
     ahead, done = max(1, math.ceil(_AT_LEAST / max(1.0, entries))), 0
-    if alpha.any() and note(0).relative <= tol:  # a warm start may be there already
+    if at.any() and note(0).relative <= tol:  # a warm start may be there already
         max_rounds = 0
     while done < max_rounds:
         some = min(ahead, max_rounds - done)
         if local_steps is None:
-            shard.passes(alpha, w, 1.0, [pass_key(seed, 0, done + k) for k in range(some)])
+            shard.passes(at, w, 1.0, [pass_key(seed, 0, done + k) for k in range(some)])
         else:
-            shard.draws(alpha, w, 1.0, seed, 0, done * local_steps, some * local_steps)
+            shard.draws(at, w, 1.0, seed, 0, done * local_steps, some * local_steps)
         done += some
         if note(done).relative <= tol:
             break
         ahead = _rounds_ahead(history, tol)
     if done and shard.n <= _DIRECT and shard.loss.code == SQUARED:
-        alpha = _direct(shard)
-    w = shard.contribution(alpha)
-    return w, alpha, note(done), history
+        at = _direct(shard)
+    w = shard.contribution(at)
+    return w, at, note(done), history
 
 
 def _direct(shard: Shard) -> Array:
