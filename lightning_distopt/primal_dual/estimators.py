@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from lightning_distopt.errors import DataError
 from lightning_distopt.primal_dual.certificate import Row
+from lightning_distopt.primal_dual.checkpoints import CheckpointFile, fingerprint_of
 from lightning_distopt.primal_dual.config import PRESETS, Config, check_density, check_tol, preset
 from lightning_distopt.primal_dual.libsvm import read_libsvm
 from lightning_distopt.primal_dual.losses import CLASSIFICATION, REGRESSION, Loss, loss_named
+from lightning_distopt.primal_dual.processes import Job, solve_on_processes
 from lightning_distopt.primal_dual.progress import log_to, shown
 from lightning_distopt.primal_dual.single import solve_alone
 from lightning_distopt.primal_dual.split import as_csr, make_shard
@@ -115,9 +118,16 @@ class _Linear(BaseEstimator):
                 density = 1.0
         else:
             density = check_density(self.density)
+        if self.checkpoint is not None and self.n_workers == 1:
+            raise ValueError("`checkpoint` needs `n_workers` above 1: one worker keeps none. Use `warm_start`.")
+        if not self.timeout > 0:
+            raise ValueError(f"`timeout` must be above 0 seconds: got {self.timeout!r}.")
+        group = self.group_size
+        if group is not None and workers < self.n_workers:  # some are lost
+            group = min(group, workers)
         given: dict[str, Any] = {"local_steps": self.local_steps, "sigma": self.sigma, "tol": self.tol}
         if self.algorithm.startswith("acpd"):
-            given.update(density=density, group_size=self.group_size, sync_period=self.sync_period, gamma=self.gamma)
+            given.update(density=density, group_size=group, sync_period=self.sync_period, gamma=self.gamma)
         return preset(self.algorithm, workers, max_rounds=self.max_rounds, seed=self.seed, **given)
 
     def _strength(self, loss: Loss, total: float) -> float:
@@ -184,7 +194,17 @@ class _Linear(BaseEstimator):
                 on_row=on_row,
             )
             return found[:3]
-        raise NotImplementedError
+        bias = bool(self.fit_intercept)
+        file = None
+        if self.checkpoint is not None:
+            mark = fingerprint_of(x, y, weight, loss.name, lam, bias)
+            file = CheckpointFile(Path(self.checkpoint) / f"problem-{problem}.npz", mark)
+        keeping = self.checkpoint is not None or self.on_worker_loss == "redistribute"
+        job = Job(
+            x, y, weight, loss, lam, bias, lambda workers: self._checked(workers, x.shape[1] + int(bias)),
+            self.on_worker_loss, self.timeout, self.checkpoint_every if keeping else 0,
+        )  # fmt: skip
+        return solve_on_processes(job, config.workers, on_row, start, file)
 
     def _starts(self, shape: tuple[int, ...]) -> list[Array | None]:
         before = getattr(self, "dual_", None) if self.warm_start else None

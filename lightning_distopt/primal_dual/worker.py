@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_distopt.errors import ProtocolError
+from lightning_distopt.errors import CertificateError, ProtocolError
 from lightning_distopt.primal_dual.config import Config
 from lightning_distopt.primal_dual.filter import take_largest
 from lightning_distopt.primal_dual.messages import Kind, Message, vector
@@ -83,6 +83,7 @@ class Worker:
         """Return the answer to a message of the server; ``None`` to STOP.
 
         Raises:
+            CertificateError: if the run has diverged.
             ProtocolError: if the server reports an error, or sends what is not for workers.
         """
         self.version = message.version
@@ -115,8 +116,14 @@ class Worker:
         before = self.alpha.copy() if self.config.gamma != 1.0 else None
         steps = self.config.local_steps or self.shard.n
         self._steps(m, steps)
-        m -= base
-        m *= self.config.gamma / self.sigma
+        with np.errstate(over="ignore", invalid="ignore"):
+            m -= base
+            m *= self.config.gamma / self.sigma
+        if not np.isfinite(m).all():
+            raise CertificateError(
+                f"The steps of worker {self.number} must be finite: they are not, the run has diverged. Use `sigma=None` (the "
+                "safe gamma K), or scale the features."
+            )
         if before is not None:
             self.alpha = before + self.config.gamma * (self.alpha - before)
         self.residual += m
