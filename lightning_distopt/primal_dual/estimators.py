@@ -11,9 +11,10 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
@@ -31,6 +32,8 @@ from lightning_distopt.primal_dual.libsvm import read_libsvm
 from lightning_distopt.primal_dual.losses import CLASSIFICATION, REGRESSION, Loss, loss_named
 from lightning_distopt.primal_dual.processes import Job, solve_on_processes
 from lightning_distopt.primal_dual.progress import log_to, shown
+from lightning_distopt.primal_dual.shard import Shard
+from lightning_distopt.primal_dual.shards import Ranks, agreed, checkpoint_path, solve_on_ranks, these_ranks, widened
 from lightning_distopt.primal_dual.single import solve_alone
 from lightning_distopt.primal_dual.split import as_csr, make_shard
 
@@ -66,6 +69,8 @@ class _Linear(BaseEstimator):
     checkpoint_every: int
     timeout: float
 
+    _losses: tuple[str, ...]
+    n_features_in_: int
     coef_: Array
     intercept_: Any
     dual_: Array
@@ -118,7 +123,7 @@ class _Linear(BaseEstimator):
                 density = 1.0
         else:
             density = check_density(self.density)
-        if self.checkpoint is not None and self.n_workers == 1:
+        if self.checkpoint is not None and workers == self.n_workers == 1:
             raise ValueError("`checkpoint` needs `n_workers` above 1: one worker keeps none. Use `warm_start`.")
         if not self.timeout > 0:
             raise ValueError(f"`timeout` must be above 0 seconds: got {self.timeout!r}.")
@@ -140,13 +145,26 @@ class _Linear(BaseEstimator):
             raise ValueError(f"`C` must be above 0, or None to use `lam`: got {self.C!r}.")
         return 1.0 / (float(self.C) * total * loss.c_factor)
 
-    def _solve(self, x: Any, targets: Array, weight: Array, loss: Loss, logger: Any) -> None:
-        """Solve one problem for each row of ``targets`` and set the fitted attributes."""
-        total = float(weight.sum())
+    def _solve(
+        self,
+        x: Any,
+        targets: Array,
+        weight: Array,
+        loss: Loss,
+        logger: Any,
+        ranks: Ranks | None = None,
+        total: float | None = None,
+    ) -> None:
+        """Solve one problem for each row of ``targets`` and set the fitted attributes.
+
+        With ``ranks``, the samples are those of this rank and ``total`` is the weight of all.
+        """
+        total = float(weight.sum()) if total is None else total
         if not total > 0:
             raise DataError(f"`sample_weight` must have a positive sum: got {total}.")
         lam = self._strength(loss, total)
-        config = self._checked(self.n_workers, x.shape[1] + int(self.fit_intercept))
+        workers, speaks = (self.n_workers, True) if ranks is None else (ranks.world, ranks.rank == 0)
+        config = self._checked(workers, x.shape[1] + int(self.fit_intercept))
         starts = self._starts(targets.shape)
         models, duals, self.history_ = [], [], []
         gap = primal = 0.0
@@ -154,15 +172,19 @@ class _Linear(BaseEstimator):
         for problem, (y, start) in enumerate(zip(targets, starts, strict=True)):
             name = "gap" if len(targets) == 1 else f"gap, problem {problem + 1} of {len(targets)}"
             prefix = "dual" if len(targets) == 1 else f"dual/{problem}"
-            with shown(bool(self.verbose), self.tol, name) as show:
+            with shown(bool(self.verbose) and speaks, self.tol, name) as show:
 
                 def on_row(row: Row, problem: int = problem, prefix: str = prefix, show: Any = show) -> None:
                     self.history_.append({**row.asdict(), "problem": problem})
                     show(row)
-                    if logger is not None:
+                    if logger is not None and speaks:
                         log_to(logger, row, prefix)
 
-                model, alpha, found = self._solve_one(x, y, weight, loss, lam, config, start, on_row, problem)
+                if ranks is None:
+                    model, alpha, found = self._solve_one(x, y, weight, loss, lam, config, start, on_row, problem)
+                else:
+                    shard = make_shard(x, y, loss, lam, total, weight, bool(self.fit_intercept))
+                    model, alpha, found = self._solve_shard(shard, config, start, on_row, problem, ranks)
             models.append(model)
             duals.append(alpha)
             gap, primal = gap + found.gap, primal + found.primal
@@ -206,6 +228,30 @@ class _Linear(BaseEstimator):
         )  # fmt: skip
         return solve_on_processes(job, config.workers, on_row, start, file)
 
+    def _solve_shard(
+        self,
+        shard: Shard,
+        config: Config,
+        start: Array | None,
+        on_row: Callable[[Row], None],
+        problem: int,
+        ranks: Ranks,
+    ) -> Any:
+        file = None
+        if self.checkpoint is not None:
+            mark = fingerprint_of(
+                widened(sp.csr_matrix((shard.data, shard.indices, shard.indptr)), shard.dim), shard.y, shard.weight,
+                shard.loss.name, shard.lam, shard.bias,
+            )  # fmt: skip
+            file = CheckpointFile(checkpoint_path(self.checkpoint, problem, ranks), mark)
+        model, alpha, found, history = solve_on_ranks(
+            shard, config, ranks, problem, on_row, alpha=start, file=file, checkpoint_every=self.checkpoint_every,
+            timeout=self.timeout,
+        )  # fmt: skip
+        if ranks.rank:
+            self.history_ += [{**row.asdict(), "problem": problem} for row in history]
+        return model, alpha, found
+
     def _starts(self, shape: tuple[int, ...]) -> list[Array | None]:
         before = getattr(self, "dual_", None) if self.warm_start else None
         if before is None or np.atleast_2d(before).shape != shape:
@@ -214,6 +260,69 @@ class _Linear(BaseEstimator):
 
     def _set_models(self, models: Array, duals: Array) -> None:
         raise NotImplementedError
+
+    def _told(self, x: Any, y: NDArray[Any], weight: Array, classes: Any = None) -> dict[str, Any]:
+        """Return what the other ranks have to know of a shard."""
+        raise NotImplementedError
+
+    def _targets(self, y: NDArray[Any], weight: Array, told: list[dict[str, Any]]) -> tuple[Array, Array, float]:
+        """Return targets by problem, weights, and the weight of all samples of all ranks."""
+        raise NotImplementedError
+
+    def fit_shard(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        classes: Any = None,
+        fabric: Any = None,
+        logger: Any = None,
+    ) -> _Linear:
+        """Fit on ranks that exist already, each calling this with its own samples; return the estimator.
+
+        Started by ``torchrun``, by SLURM, or from a launched ``lightning.Fabric``. K is the number of ranks (``n_workers`` is
+        not looked at), rank 0 serves and works. All ranks hold the same model at the end, and ``dual_`` of their own samples.
+        Alone, this is :meth:`fit`.
+
+        Args:
+            X: this rank's samples; or the path of a LIBSVM file, of which rank r reads every K-th line, from the r-th on, as
+                a stream.
+            y: this rank's targets; ``None`` for a file.
+            sample_weight: of this rank's samples.
+            classes: all labels that may occur; ``None`` takes those that do. Regression does not look at it.
+            fabric: a launched ``lightning.Fabric``; ``None`` uses the process group that exists.
+            logger: loggers of Lightning, which rank 0 writes to.
+
+        Raises:
+            ValueError: with ``on_worker_loss="redistribute"``: a lost rank takes its samples with it.
+            DataError: on all ranks, if the samples of one cannot be used.
+            WorkerLostError: on rank 0, if a rank is lost; ProtocolError on the others.
+        """
+        ranks = these_ranks(fabric)
+        if ranks is None:
+            return cast("_Linear", self.fit(X, y, sample_weight, logger=logger))
+        if self.on_worker_loss == "redistribute":
+            raise ValueError(
+                "`on_worker_loss` must be 'raise' in `fit_shard`: a lost rank takes its samples with it. Use "
+                "`checkpoint=<folder>` and start again."
+            )
+        loss = loss_named(self.loss, self._losses)
+        own: list[Any] = []
+
+        def read() -> dict[str, Any]:
+            samples, targets = X, y
+            if isinstance(X, str | os.PathLike):
+                samples, targets = read_libsvm(X, shard=ranks.rank, shards=ranks.world)
+            own.extend(self._samples(samples, targets, sample_weight))
+            return self._told(own[0], own[1], own[2], classes)
+
+        told = agreed(ranks, read)
+        x, labels, weight = own
+        self.n_features_in_ = max(one["columns"] for one in told)
+        targets, weight, total = self._targets(labels, weight, told)
+        self._solve(widened(x, self.n_features_in_), targets, weight, loss, logger, ranks, total)
+        return self
 
     def _samples(self, X: Any, y: Any, sample_weight: Any, **checks: Any) -> tuple[Any, Any, Array]:
         if isinstance(X, str | os.PathLike):
@@ -291,6 +400,8 @@ class ACPDClassifier(ClassifierMixin, _Linear):
         ['low', 'high']
     """
 
+    _losses = CLASSIFICATION
+
     def __init__(
         self,
         loss: str = "logistic",
@@ -334,15 +445,38 @@ class ACPDClassifier(ClassifierMixin, _Linear):
         """
         loss = loss_named(self.loss, CLASSIFICATION)
         x, labels, weight = self._samples(X, y, sample_weight)
-        check_classification_targets(labels)
-        self.classes_, places = np.unique(labels, return_inverse=True)
+        targets, weight, _ = self._targets(labels, weight, [self._told(x, labels, weight)])
+        self._solve(x, targets, weight, loss, logger)
+        return self
+
+    def _told(self, x: Any, y: NDArray[Any], weight: Array, classes: Any = None) -> dict[str, Any]:
+        check_classification_targets(y)
+        labels, places = np.unique(y, return_inverse=True)
+        if classes is not None and not np.isin(labels, classes).all():
+            outside = labels[~np.isin(labels, classes)]
+            raise DataError(
+                f"`y` must hold labels of `classes={list(classes)}` only: got {list(outside)}. Add or remove them."
+            )
+        sums = np.bincount(places, weights=weight, minlength=len(labels))
+        return {"columns": x.shape[1], "labels": labels, "counts": np.bincount(places), "weights": sums}
+
+    def _targets(self, y: NDArray[Any], weight: Array, told: list[dict[str, Any]]) -> tuple[Array, Array, float]:
+        self.classes_ = np.unique(np.concatenate([one["labels"] for one in told]))
         if len(self.classes_) < 2:
             raise ValueError(f"`y` must hold at least 2 classes: got 1 class, {self.classes_[0]!r}.")
+        counts, sums = np.zeros(len(self.classes_)), np.zeros(len(self.classes_))
+        for one in told:
+            counts[np.searchsorted(self.classes_, one["labels"])] += one["counts"]
+            sums[np.searchsorted(self.classes_, one["labels"])] += one["weights"]
+        places = np.searchsorted(self.classes_, y)
         if self.class_weight is not None:
-            weight = weight * compute_class_weight(self.class_weight, classes=self.classes_, y=labels)[places]
+            every = (
+                np.repeat(self.classes_, counts.astype(np.int64)) if self.class_weight == "balanced" else self.classes_
+            )
+            factors = compute_class_weight(self.class_weight, classes=self.classes_, y=every)
+            weight, sums = weight * factors[places], sums * factors
         chosen = [1] if len(self.classes_) == 2 else range(len(self.classes_))
-        self._solve(x, np.array([np.where(places == c, 1.0, -1.0) for c in chosen]), weight, loss, logger)
-        return self
+        return np.array([np.where(places == c, 1.0, -1.0) for c in chosen]), weight, float(sums.sum())
 
     def decision_function(self, X: Any) -> Array:
         """Return ``x.w``: ``(n,)``, or ``(n, classes)``; above 0 speaks for the class."""
@@ -416,6 +550,8 @@ class ACPDRegressor(RegressorMixin, _Linear):
         1.0
     """
 
+    _losses = REGRESSION
+
     def __init__(
         self,
         loss: str = "squared",
@@ -453,6 +589,12 @@ class ACPDRegressor(RegressorMixin, _Linear):
         x, y, weight = self._samples(X, y, sample_weight, y_numeric=True)
         self._solve(x, np.asarray(y, np.float64)[None], weight, loss, logger)
         return self
+
+    def _told(self, x: Any, y: NDArray[Any], weight: Array, classes: Any = None) -> dict[str, Any]:
+        return {"columns": x.shape[1], "weights": float(weight.sum())}
+
+    def _targets(self, y: NDArray[Any], weight: Array, told: list[dict[str, Any]]) -> tuple[Array, Array, float]:
+        return np.asarray(y, np.float64)[None], weight, float(sum(one["weights"] for one in told))
 
     def predict(self, X: Any) -> Array:
         """Return ``x.w``, ``(n,)``."""

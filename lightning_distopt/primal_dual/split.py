@@ -94,5 +94,10 @@ def shards_of(
     x, y = as_csr(x), np.asarray(y, np.float64)
     ones = np.ones(len(y)) if weight is None else np.asarray(weight, np.float64)
     row, total = loss_named(loss), float(ones.sum())
+    if row.labels and not (np.abs(y) == 1).all():
+        wrong = y[np.abs(y) != 1][0]
+        raise DataError(
+            f"`y` must be -1 or 1 for `loss={loss!r}`: got {wrong}. Use an estimator, which takes any labels."
+        )
     chosen = parts(len(y), workers, seed) if rows is None else rows
     return [make_shard(x[part], y[part], row, lam, total, ones[part], bias) for part in chosen]

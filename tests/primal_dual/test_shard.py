@@ -10,7 +10,7 @@ from lightning_distopt.errors import DataError
 from lightning_distopt.primal_dual import LOSSES, kernels
 from lightning_distopt.primal_dual.reference import local_sdca, permutation
 from lightning_distopt.primal_dual.shard import pass_key
-from lightning_distopt.primal_dual.split import as_csr, make_shard, parts
+from lightning_distopt.primal_dual.split import as_csr, make_shard, parts, shards_of
 from tests.primal_dual.problems import sparse_problem
 
 
@@ -84,3 +84,5 @@ def test_samples_that_cannot_be_used_are_named() -> None:
     twice = sp.csr_matrix((np.ones(3), np.array([1, 0, 1]), np.array([0, 0, 3])), shape=(2, 2))
     with pytest.raises(DataError, match=r"row 1 does not.*sum_duplicates"):
         as_csr(twice)
+    with pytest.raises(DataError, match=r"must be -1 or 1 .*got 0\.0"):
+        shards_of(np.eye(3), np.array([1.0, 0.0, 1.0]), 1, loss="hinge")
