@@ -4,6 +4,9 @@ With K = 1 nothing travels, sigma' = 1, and ``m`` of the passes is w itself. A c
 taken after 1, 2, 4, ... passes, and earlier where the rate so far says that the tolerance will have been reached. Small
 problems, of which a thousand passes take milliseconds, are solved further than ``tol`` asks, so that what they give does not
 depend on the order of samples; a small quadratic one ends with a direct solve.
+
+Where dual variables stop at bounds (hinges), most stay there: a pass over all samples is followed by passes over those that
+it moved or that are between the bounds. Nothing is left out for good, so the certificate needs no second look.
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ import scipy.linalg
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from lightning_distopt.primal_dual import kernels
 from lightning_distopt.primal_dual.certificate import Certificate, Row, certify
-from lightning_distopt.primal_dual.losses import SQUARED
+from lightning_distopt.primal_dual.losses import HINGE, SQUARED, SQUARED_HINGE
 from lightning_distopt.primal_dual.shard import Shard, pass_key
 
 __all__ = ["solve_alone"]
 
 Array = NDArray[np.float64]
 _AT_LEAST = 2**18  # entries visited before the first certificate, some milliseconds
+_FEW, _FEW_PASSES = 0.7, 10  # share of the samples that is few, and how often they are visited before all are
 _DIRECT = 256  # samples, up to which a system of equations of that size takes milliseconds
 
 
@@ -43,7 +48,7 @@ def solve_alone(
     Args:
         shard: all samples.
         tol: of the relative gap.
-        max_rounds: passes at most.
+        max_rounds: passes at most; one over few samples counts too.
         alpha: dual variables to start from, ``(n,)``.
         local_steps: coordinate steps of a round; ``None`` is a pass.
         seed: of the orders of samples.
@@ -67,11 +72,16 @@ def solve_alone(
         max_rounds = 0
     while done < max_rounds:
         some = min(ahead, max_rounds - done)
-        if local_steps is None:
-            shard.passes(at, w, 1.0, [pass_key(seed, 0, done + k) for k in range(some)])
-        else:
+        if local_steps is not None:
             shard.draws(at, w, 1.0, seed, 0, done * local_steps, some * local_steps)
-        done += some
+            done += some
+        elif shard.loss.code in (HINGE, SQUARED_HINGE):
+            end = done + some
+            while done < end:
+                done += _passes_with_few(shard, at, w, seed, done, end - done)
+        else:
+            shard.passes(at, w, 1.0, [pass_key(seed, 0, done + k) for k in range(some)])
+            done += some
         if note(done).relative <= tol:
             break
         ahead = _rounds_ahead(history, tol)
@@ -79,6 +89,21 @@ def solve_alone(
         at = _direct(shard)
     w = shard.contribution(at)
     return w, at, note(done), history
+
+
+def _passes_with_few(shard: Shard, alpha: Array, w: Array, seed: int, done: int, most: int) -> int:
+    """Visit all samples, then up to ``_FEW_PASSES`` times those that moved or are free; return the passes made."""
+    before = alpha.copy()
+    shard.passes(alpha, w, 1.0, [pass_key(seed, 0, done)])
+    beta = np.abs(alpha)
+    free = (beta > 0.0) & (beta < (1.0 if shard.loss.code == HINGE else math.inf))
+    few = np.flatnonzero(free | (alpha != before)).astype(np.int32)
+    passes = min(_FEW_PASSES, most - 1) if few.size < _FEW * shard.n else 0
+    order = np.empty(few.size, np.int32)
+    for k in range(passes):
+        kernels.permutation(order, np.uint64(pass_key(seed, 0, done + 1 + k) & (2**64 - 1)))
+        shard.visit(alpha, w, 1.0, few[order])
+    return 1 + passes
 
 
 def _direct(shard: Shard) -> Array:
