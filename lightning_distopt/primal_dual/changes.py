@@ -20,8 +20,8 @@ Places = NDArray[np.int32]
 class Assigned:
     """Down-link "assign": the values, now, of all coordinates that changed since a worker's last reply.
 
-    The places of each round are kept until every worker has heard of them: at most T rounds, and work for a reply is
-    linear in what was received since the last.
+    The places of each round are kept until every worker has heard of them: at most T rounds. Workers that heard last of the
+    same round get the same answer, which is made once: work for a round is linear in what it received.
 
     Args:
         workers: K.
@@ -29,28 +29,39 @@ class Assigned:
 
     def __init__(self, workers: int) -> None:
         self._heard = [0] * workers
-        self._rounds: deque[tuple[int, list[Places | None]]] = deque()
+        self._rounds: deque[tuple[int, Places | None]] = deque()
+        self._made: dict[int, tuple[Places | None, Array]] = {}
 
-    def record(self, version: int, messages: Sequence[Message]) -> None:
+    def record(self, version: int, messages: Sequence[Message], dim: int) -> None:
         """Note what the messages of one round changed."""
-        self._rounds.append((version, [m.indices for m in messages if m.values.size]))
+        parts = [m.indices for m in messages if m.values.size]
+        known = [part for part in parts if part is not None]
+        self._rounds.append((version, _union(known, dim) if len(known) == len(parts) else None))
+        self._made.clear()
 
     def since_last(self, worker: int, version: int, model: Array) -> tuple[Places | None, Array]:
         """Return what the worker has to hear, in the cheaper encoding; it has heard of it then."""
-        parts = [places for at, changed in self._rounds if at > self._heard[worker] for places in changed]
-        self._heard[worker] = version
-        oldest = min(self._heard)
-        while self._rounds and self._rounds[0][0] <= oldest:
-            self._rounds.popleft()
-        if any(part is None for part in parts):
+        heard, self._heard[worker] = self._heard[worker], version
+        if heard not in self._made:
+            self._made[heard] = self._answer([places for at, places in self._rounds if at > heard], model)
+            oldest = min(self._heard)
+            while self._rounds and self._rounds[0][0] <= oldest:
+                self._rounds.popleft()
+        return self._made[heard]
+
+    @staticmethod
+    def _answer(parts: list[Places | None], model: Array) -> tuple[Places | None, Array]:
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
             return vector(None, model, model.size)
-        places = _union([part for part in parts if part is not None], model.size)
+        places = _union(known, model.size)
         return vector(places, model[places], model.size, model)
 
     def forget(self, version: int) -> None:
         """All workers hold the whole model of this version."""
         self._heard = [version] * len(self._heard)
         self._rounds.clear()
+        self._made.clear()
 
 
 class Largest:
@@ -66,7 +77,7 @@ class Largest:
         self._unheard = np.zeros((workers, dim))
         self._density = density
 
-    def record(self, version: int, messages: Sequence[Message]) -> None:
+    def record(self, version: int, messages: Sequence[Message], dim: int) -> None:
         """Note what the messages of one round changed."""
         for message in messages:
             if message.indices is not None:

@@ -114,6 +114,8 @@ def check_density(density: object) -> float:
         raise type(error)(f"`density` must be in (0, 1]: got {density!r}. Use 'auto', or 1.0 to send all.") from None
 
 
+_MANY = 16  # workers, above which what a group has changed is soon every coordinate
+
 # What each name fixes, as functions of K; everything else is the user's.
 PRESETS: dict[str, str] = {
     "acpd": "the first B of K, the largest entries, residuals sent whole at full synchronisations (arXiv:1910.04235)",
@@ -146,7 +148,8 @@ def preset(name: str, workers: int, **changes: Any) -> Config:
         "group_size": workers, "sync_period": 1, "density": 1.0, "flush_every": 0, "certify_every": 1,
     }  # fmt: skip
     methods: dict[str, dict[str, Any]] = {
-        "acpd": {"group_size": half},
+        # Exact answers to many workers are dense: docs/primal_dual.md has the figures.
+        "acpd": {"group_size": half, "downlink": "assign" if workers <= _MANY else "topk"},
         "acpd_authors": {"group_size": half, "downlink": "topk", "draws": "uniform"},
         "cocoa": {**dense, "gamma": 1.0 / workers, "sigma": 1.0},
         "cocoa_plus": dense,

@@ -178,7 +178,7 @@ class Server:
             elif message.values.size:
                 self.model += message.values
         self.version += 1
-        self._changes.record(self.version, messages)
+        self._changes.record(self.version, messages, self.dim)
         if full:
             self._synchronised += 1
             every = self.config.flush_every

@@ -40,7 +40,8 @@ class Cluster:
         slow_probability: of a local solve that takes ``slow_factor`` times as long.
         slow_factor: see there.
         latency: seconds of every message.
-        bandwidth: bytes a second of every link, in each direction.
+        bandwidth: bytes a second of every link, to the server; ``inf`` is free.
+        down_bandwidth: from the server; ``None`` is the same.
         server_seconds: of every group that the server completes.
         shared_server_link: transfers to (and from) the server go one after another.
         charge_certificates: what only certificates need takes time too.
@@ -53,6 +54,7 @@ class Cluster:
     slow_factor: float = 10.0
     latency: float = 0.0
     bandwidth: float = float("inf")
+    down_bandwidth: float | None = None
     server_seconds: float = 0.0
     shared_server_link: bool = False
     charge_certificates: bool = False
@@ -164,7 +166,7 @@ class _Run:
         arrival = self._pop()
         if not arrival.sent:
             start = max(arrival.time, self.up_free)
-            self.up_free = start + self._carried(arrival.message)
+            self.up_free = start + self._carried(arrival.message, self.cluster.bandwidth)
             heapq.heappush(
                 self.queue, _Arrival(self.up_free + self.cluster.latency, arrival.worker, True, arrival.message)
             )
@@ -195,12 +197,12 @@ class _Run:
         return found
 
     def _start(self, k: int, message: Message) -> None:
-        at = self.now
+        at, down = self.now, self.cluster.down_bandwidth or self.cluster.bandwidth
         if self.cluster.shared_server_link:
-            at = self.down_free = max(self.now, self.down_free) + self._carried(message)
+            at = self.down_free = max(self.now, self.down_free) + self._carried(message, down)
             at += self.cluster.latency if self._charged(message) else 0.0
         elif self._charged(message):
-            at += self.cluster.latency + self._carried(message)
+            at += self.cluster.latency + self._carried(message, down)
         answer = self.workers[k].handle(message)
         if answer is None:
             return
@@ -208,7 +210,7 @@ class _Run:
             at += self._solve_seconds(k)
         alone = not self.cluster.shared_server_link
         if alone and self._charged(answer):
-            at += self.cluster.latency + self._carried(answer)
+            at += self.cluster.latency + self._carried(answer, self.cluster.bandwidth)
         heapq.heappush(self.queue, _Arrival(at, k, alone or not self._charged(answer), answer))
 
     def _solve_seconds(self, k: int) -> float:
@@ -221,8 +223,8 @@ class _Run:
             return False
         return message.purpose != "certificate" or self.cluster.charge_certificates
 
-    def _carried(self, message: Message) -> float:
-        return message.nbytes / self.cluster.bandwidth if self._charged(message) else 0.0
+    def _carried(self, message: Message, bandwidth: float) -> float:
+        return message.nbytes / bandwidth if self._charged(message) else 0.0
 
 
 def _is_flush(message: Message) -> bool:

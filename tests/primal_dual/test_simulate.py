@@ -217,6 +217,34 @@ def test_a_replayed_order_gives_the_same_bits() -> None:
     assert again.order == run.order
 
 
+@pytest.mark.slow
+def test_methods_are_ordered_as_in_the_specification() -> None:
+    # Its conditions: draws with replacement, no flush, and the down-link costs what the up-link does.
+    x, y = sparse_problem("smoothed_hinge", 2000, 500)
+    shards = shards_of(x, y, 8, loss="smoothed_hinge", lam=1e-2)
+    common: dict[str, Any] = {"tol": 1e-4, "local_steps": 250, "draws": "uniform", "flush_every": 0, "max_rounds": 600}
+    configs = {
+        "cocoa+": preset("cocoa_plus", 8, **common),
+        "acpd": preset("acpd", 8, **common),
+        "top": preset("acpd", 8, group_size=8, sync_period=1, **common),
+    }
+
+    def seconds(dense_message: float, **cluster: Any) -> dict[str, float]:
+        link = Cluster(bandwidth=8 * 500 / dense_message if dense_message else np.inf, down_bandwidth=np.inf, **cluster)
+        runs = {name: simulate(shards, config, link) for name, config in configs.items()}
+        return {name: next(row.seconds for row in run.history if row.gap <= 1e-4) for name, run in runs.items()}
+
+    straggler = {"speeds": (10.0,) + (1.0,) * 7}
+    persistent, thin = seconds(0, **straggler), seconds(10, **straggler)
+    assert persistent["cocoa+"] <= persistent["acpd"] < persistent["top"]
+    assert thin["acpd"] < thin["cocoa+"] < thin["top"]
+    random, thin_random = seconds(0, slow_probability=0.1), seconds(10, slow_probability=0.1)
+    assert random["cocoa+"] <= 1.1 * random["acpd"] < random["top"] * 1.1
+    assert thin_random["acpd"] < thin_random["cocoa+"]
+    network = seconds(40)
+    assert network["top"] < network["acpd"] < 0.5 * network["cocoa+"]
+
+
 def test_a_warm_start_begins_where_the_last_run_ended() -> None:
     shards = problem()
     first = simulate(shards, preset("acpd", 4, tol=1e-6))
