@@ -18,7 +18,9 @@ from lightning_distopt.compressors.kernels.cpu.common import PLAIN, SUMS
 
 __all__ = [
     "add_rows",
+    "begin",
     "dual_sum",
+    "end",
     "first_repeated",
     "margins",
     "norms",
@@ -230,6 +232,26 @@ def add_rows(indptr, indices, data, coefficients, bias, out):
                 out[np.uint64(indices[p])] += c * data[p]
             if bias:
                 out[out.size - 1] += c
+
+
+@njit(**SUMS)
+def begin(model, residual, weight, base, m):
+    """``base = m = model + weight residual``, in one pass."""
+    for j in range(m.size):
+        value = model[j] + weight * residual[j]
+        base[j] = value
+        m[j] = value
+
+
+@njit(**PLAIN)
+def end(m, base, factor, residual):
+    """``residual += factor (m - base)``, in one pass; return whether all of it is finite."""
+    total = 0.0
+    for j in range(m.size):
+        moved = factor * (m[j] - base[j])
+        total += 0.0 * moved  # NaN as soon as one is not finite
+        residual[j] += moved
+    return total == 0.0
 
 
 @njit(**PLAIN)

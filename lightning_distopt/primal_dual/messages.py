@@ -16,7 +16,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HEADER_BYTES", "Kind", "Message", "vector"]
+__all__ = ["HEADER_BYTES", "Kind", "Message", "is_dense", "vector"]
 
 HEADER_BYTES = 64
 _SPARSE_ENTRY, _DENSE_ENTRY = 12, 8
@@ -77,6 +77,11 @@ class Message:
         return HEADER_BYTES + places + self.values.nbytes + self.scalars.nbytes
 
 
+def is_dense(entries: int, dim: int) -> bool:
+    """Whether a vector with so many entries is fewer bytes when all of it is sent."""
+    return entries * _SPARSE_ENTRY > dim * _DENSE_ENTRY
+
+
 def vector(indices: Places | None, values: Array, dim: int, whole: Array | None = None) -> tuple[Places | None, Array]:
     """Return the cheaper encoding of a vector: its entries at ``indices``, or all of it.
 
@@ -88,7 +93,7 @@ def vector(indices: Places | None, values: Array, dim: int, whole: Array | None 
     """
     if indices is None:
         return None, values.copy() if whole is None else whole.copy()
-    if indices.size * _SPARSE_ENTRY <= dim * _DENSE_ENTRY:
+    if not is_dense(indices.size, dim):
         return indices, values
     dense = np.zeros(dim) if whole is None else whole.copy()
     dense[indices] = values

@@ -32,6 +32,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from lightning_distopt.errors import CertificateError, WorkerLostError
+from lightning_distopt.primal_dual import kernels
 from lightning_distopt.primal_dual.certificate import Certificate, Row
 from lightning_distopt.primal_dual.checkpoints import Checkpoint, CheckpointFile, save_array
 from lightning_distopt.primal_dual.config import Config
@@ -128,6 +129,8 @@ def _warm(job: Job) -> None:
     alpha, m = np.zeros(few.shape[0]), np.zeros(shard.dim)
     shard.draws(alpha, m, 1.0, 0, 0, 0, 2)
     shard.contribution(alpha)
+    kernels.begin(m, m.copy(), 1.0, m.copy(), m)
+    kernels.end(m, m.copy(), 1.0, m.copy())
     shard.primal_sum(m)
     shard.dual_sum(alpha)
 

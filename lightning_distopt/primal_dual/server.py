@@ -263,7 +263,7 @@ class Server:
         self._point = self.model
         self._dual_sum = sum(float(message.scalars[0]) for message in messages)
         self._final, self._flushing = True, True
-        return self._evaluate(self.version if self._checkpoint_every else -1, True, "flush")
+        return self._evaluate(-1, True, "flush")  # no checkpoint: the run ends here
 
     def _refuse_drift(self, tracked: Array, exact: Array) -> None:
         drift = float(np.abs(tracked - exact).max(initial=0.0)) / max(float(np.abs(exact).max(initial=0.0)), 1e-300)

@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_distopt.errors import CertificateError, ProtocolError
+from lightning_distopt.primal_dual import kernels
 from lightning_distopt.primal_dual.config import Config
 from lightning_distopt.primal_dual.filter import take_largest
-from lightning_distopt.primal_dual.messages import Kind, Message, vector
+from lightning_distopt.primal_dual.messages import Kind, Message, is_dense, vector
 from lightning_distopt.primal_dual.shard import Shard, pass_key
 
 __all__ = ["Worker", "fingerprint"]
@@ -69,6 +70,7 @@ class Worker:
         self.model, self.residual = np.zeros(shard.dim), np.zeros(shard.dim)
         self.sigma, self.drawn, self.version = config.sigma, drawn, 0
         self._keep = keep
+        self._buffers = (np.empty(shard.dim), np.empty(shard.dim))
         self._certified: tuple[Array, Array, Array] | None = None
         if config.guard:
             self._remember()
@@ -111,22 +113,22 @@ class Worker:
         )
 
     def _update(self) -> Message:
-        base = self.model + self.config.residual_weight * self.residual
-        m = base.copy()
+        base, m = self._buffers
+        kernels.begin(self.model, self.residual, self.config.residual_weight, base, m)
         before = self.alpha.copy() if self.config.gamma != 1.0 else None
-        steps = self.config.local_steps or self.shard.n
-        self._steps(m, steps)
-        with np.errstate(over="ignore", invalid="ignore"):
-            m -= base
-            m *= self.config.gamma / self.sigma
-        if not np.isfinite(m).all():
+        self._steps(m, self.config.local_steps or self.shard.n)
+        finite = kernels.end(m, base, self.config.gamma / self.sigma, self.residual)
+        if not finite:
             raise CertificateError(
                 f"The steps of worker {self.number} must be finite: they are not, the run has diverged. Use `sigma=None` (the "
                 "safe gamma K), or scale the features."
             )
         if before is not None:
             self.alpha = before + self.config.gamma * (self.alpha - before)
-        self.residual += m
+        if self.config.density >= 1.0 and is_dense(np.count_nonzero(self.residual), self.shard.dim):
+            values = self.residual.copy()
+            self.residual[:] = 0.0
+            return self._message(Kind.UPDATE, None, values, np.empty(0), "update")
         places, values = take_largest(self.residual, self.config.density)
         return self._message(Kind.UPDATE, places, values, np.empty(0), "update")
 

@@ -12,7 +12,9 @@ from lightning_distopt.cli import main
 from tests.primal_dual.problems import sparse_problem
 
 
-@pytest.mark.parametrize("words", [["--loss", "logistic"], ["--loss", "hinge", "--c", "1", "--workers", "2"]])
+@pytest.mark.parametrize(
+    "words", [["--loss", "logistic"], ["--loss", "smoothed_hinge", "--c", "0.05", "--workers", "2"]]
+)
 def test_a_file_becomes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     x, y = sparse_problem("logistic", 100, 30)
     data, model, history = (str(tmp_path / name) for name in ("data", "model.npz", "history.csv"))

@@ -18,17 +18,18 @@ from lightning_distopt.primal_dual.messages import Kind, Message
 from tests.primal_dual.problems import sparse_problem
 
 X, Y = sparse_problem("logistic", 300, 600)
-ARGUMENTS: dict[str, Any] = {"lam": 1e-2, "n_workers": 3, "density": 0.1, "tol": 1e-6, "sync_period": 3}
+LAM = 5e-2
+ARGUMENTS: dict[str, Any] = {"lam": LAM, "n_workers": 3, "density": 0.2, "tol": 1e-6, "sync_period": 3}
 
 
 def test_processes_reach_what_one_worker_reaches() -> None:
-    alone = ACPDClassifier(lam=1e-2, tol=1e-9).fit(X, Y)
+    alone = ACPDClassifier(lam=LAM, tol=1e-9).fit(X, Y)
     fit = ACPDClassifier(**ARGUMENTS).fit(X, Y)
     np.testing.assert_allclose(fit.coef_, alone.coef_, atol=1e-2)
     assert fit.gap_ <= 1e-6
     total = len(Y)
     full = np.hstack([X, np.ones((total, 1))])
-    model = full.T @ fit.dual_ / (1e-2 * total)  # w = v(alpha), with alpha by sample
+    model = full.T @ fit.dual_ / (LAM * total)  # w = v(alpha), with alpha by sample
     np.testing.assert_allclose(np.append(fit.coef_[0], fit.intercept_), model, atol=1e-10)
     assert fit.history_[-1]["bytes_up"] > 0
     assert not multiprocessing.active_children()
@@ -69,9 +70,9 @@ def broken_after(monkeypatch: pytest.MonkeyPatch, flag: Path, updates: int, numb
 FAULTS = [
     ("killed", 1, "SIGKILL"),
     ("killed", 0, "SIGKILL"),
-    ("raises", 2, "MemoryError: no more"),
+    pytest.param("raises", 2, "MemoryError: no more", marks=pytest.mark.slow),
     ("malformed", 1, "ascending numbers"),
-    ("nan", 2, "not finite"),
+    pytest.param("nan", 2, "not finite", marks=pytest.mark.slow),
     ("hung", 1, "no life for 1 s"),
 ]
 
@@ -88,7 +89,7 @@ def test_a_lost_worker_raises(
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize(("how", "number", "says"), [FAULTS[0], FAULTS[1], FAULTS[3], FAULTS[5]])
+@pytest.mark.parametrize(("how", "number", "says"), [FAULTS[1], FAULTS[5]])
 def test_the_others_take_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str, number: int, says: str
 ) -> None:
@@ -96,7 +97,7 @@ def test_the_others_take_over(
     timeout = 1.0 if how == "hung" else 20.0
     with pytest.warns(UserWarning, match=rf"{says}.*Going on from round \d+ with 2 workers"):
         fit = ACPDClassifier(**ARGUMENTS, on_worker_loss="redistribute", timeout=timeout).fit(X, Y)
-    alone = ACPDClassifier(lam=1e-2, tol=1e-9).fit(X, Y)
+    alone = ACPDClassifier(lam=LAM, tol=1e-9).fit(X, Y)
     assert fit.gap_ <= 1e-6
     assert alone.primal_ - 1e-8 <= fit.primal_ <= alone.primal_ + 1e-6
     rounds = [row["rounds"] for row in fit.history_]
