@@ -125,7 +125,7 @@ class Worker:
             )
         if before is not None:
             self.alpha = before + self.config.gamma * (self.alpha - before)
-        if self.config.density >= 1.0 and is_dense(np.count_nonzero(self.residual), self.shard.dim):
+        if self.config.density >= 1.0 and is_dense(int(np.count_nonzero(self.residual)), self.shard.dim):
             values = self.residual.copy()
             self.residual[:] = 0.0
             return self._message(Kind.UPDATE, None, values, np.empty(0), "update")
