@@ -85,19 +85,19 @@ class Hooks:
 
 
 def run_rank(
-    shard: Shard | None, config: Config, rank: Rank, hooks: Hooks | None = None, alpha: Array | None = None
+    shard: Shard, config: Config, rank: Rank, hooks: Hooks | None = None, alpha: Array | None = None
 ) -> tuple[Array, Array, Server | None]:
     """Take part in a run to its end; return ``(model, alpha, server)``, the last only at rank 0.
 
     Args:
-        shard: of this rank; ``None`` at a rank 0 that only serves, whose ``config`` must then come with
-            ``(dim, lam, total)`` from elsewhere, so it is built with an empty shard instead.
+        shard: of this rank; a rank 0 that only serves looks at its width and problem, not at its samples.
         config: alike on all ranks; ``config.workers`` counts those that work.
         rank: see there.
         hooks: see there.
         alpha: dual variables to start from.
 
     Raises:
+        ValueError: if ``config.workers`` is not the number of ranks that work.
         WorkerLostError: at rank 0, naming the worker that is lost.
         ProtocolError: at rank 0, for a message that cannot be used; at the others, if the server ends the run.
         CertificateError: at rank 0, if the run diverges.
@@ -106,8 +106,6 @@ def run_rank(
     expected = rank.world if rank.server_works else rank.world - 1
     if config.workers != expected:
         raise ValueError(f"`n_workers` must be the number of ranks that work: got {config.workers} for {expected}.")
-    if shard is None:
-        raise ValueError("`shard` must be given on every rank: a rank that only serves takes one without samples.")
     number = rank.rank if rank.server_works else rank.rank - 1
     beats = _Beats(rank)
     with beats:
