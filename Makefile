@@ -41,7 +41,7 @@ test-oldest:  ## run the tests on the oldest Lightning, torch and torchvision th
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --upgrade pip
 	$(OLDEST)/bin/python -m pip install $(OLDEST_PINS)
-	$(OLDEST)/bin/python -m pip install -e ".[test,fast,recipes,wandb]" $(OLDEST_PINS)
+	$(OLDEST)/bin/python -m pip install -e ".[test,fast,primal-dual,recipes,wandb]" $(OLDEST_PINS)
 	$(OLDEST)/bin/python -m pytest
 
 lint: setup  ## ruff, ruff format, mypy strict

@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 import lightning_distopt
+from lightning_distopt.errors import DistoptError
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -81,6 +82,17 @@ def timeline(args: Sequence[str]) -> int:
     return run(args)
 
 
+def solve(args: Sequence[str]) -> int:
+    """Solve a linear model; see :mod:`lightning_distopt.primal_dual.command`."""
+    try:
+        from lightning_distopt.primal_dual.command import run
+
+        return run(args)
+    except (ImportError, OSError, ValueError, DistoptError) as error:
+        print(f"distopt solve: {error}", file=sys.stderr)
+        return 2
+
+
 LIGHTNING_COMMANDS: dict[str, str] = {
     "fit": "train a model, validating as the trainer's settings say",
     "validate": "one pass over the validation data",
@@ -90,6 +102,7 @@ LIGHTNING_COMMANDS: dict[str, str] = {
 
 COMMANDS: dict[str, Command] = {
     "advise": Command(advise, "predict the step time of the common methods, on this network or on an imagined one"),
+    "solve": Command(solve, "a linear model from a LIBSVM file, to a duality gap, on one or many workers"),
     "strategies": Command(strategies, "list every strategy that importing this package registers"),
     "timeline": Command(timeline, "draw which stage of a pipeline works on which batch when, and what that costs"),
 }
@@ -102,6 +115,7 @@ examples:
   distopt fit --help                                            (every setting of the trainer)
   distopt fit --trainer.strategy.help=lightning_distopt.CompressedDDPStrategy
   distopt timeline --plan dsp --stages 3
+  distopt solve --data file.libsvm --loss logistic --workers 4
 """
 
 

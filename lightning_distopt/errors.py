@@ -4,17 +4,21 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetError",
+    "CertificateError",
     "CheckpointError",
+    "DataError",
     "DistoptError",
     "ExchangeError",
     "NonDeterministicError",
     "NonFiniteError",
     "PayloadError",
     "PipelineError",
+    "ProtocolError",
     "QueryError",
     "QueryShapeError",
     "RankMismatchError",
     "SidecarError",
+    "WorkerLostError",
 ]
 
 
@@ -32,6 +36,26 @@ class CheckpointError(DistoptError):
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message, path)
         self.path = path
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CertificateError(DistoptError):
+    """A duality gap is negative or not finite: the model and its dual variables do not belong together, or diverged."""
+
+
+class DataError(DistoptError, ValueError):
+    """Samples or labels that a solver cannot use: not finite, a feature named twice, a line that cannot be read.
+
+    Attributes:
+        path: of the file, if they come from one.
+        line: its line, from 1; 0 if that does not apply.
+    """
+
+    def __init__(self, message: str, path: str = "", line: int = 0) -> None:
+        super().__init__(message, path, line)
+        self.path, self.line = path, line
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -118,6 +142,37 @@ class PipelineError(DistoptError):
         self.stage = stage
         self.peer = peer
         self.batch = batch
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ProtocolError(DistoptError):
+    """A message of the primal-dual solver is not what its receiver may expect.
+
+    Attributes:
+        worker: who sent it.
+    """
+
+    def __init__(self, message: str, worker: int = 0) -> None:
+        super().__init__(message, worker)
+        self.worker = worker
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class WorkerLostError(DistoptError):
+    """A worker of the primal-dual solver was killed, hangs, or sends what is no message.
+
+    Attributes:
+        worker: its number.
+        rounds: server rounds done before.
+    """
+
+    def __init__(self, message: str, worker: int = 0, rounds: int = 0) -> None:
+        super().__init__(message, worker, rounds)
+        self.worker, self.rounds = worker, rounds
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -51,7 +51,7 @@ def test_help_names_every_sub_command_and_an_example(
 def test_unknown_sub_command_is_an_error_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["strategy"]) == 2
     error = capsys.readouterr().err
-    assert "fit, validate, test, predict, advise, strategies" in error
+    assert "fit, validate, test, predict, advise, solve, strategies" in error
     assert "Did you mean `distopt strategies`?" in error
 
 
