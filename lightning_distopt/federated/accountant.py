@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ class Accountant:
         releases = [*self.releases, *more]
         if self.backend == "renyi":
             return renyi_epsilon(releases, self.delta)
-        return _library_epsilon(releases, self.delta)
+        return _library_epsilon(tuple(releases), self.delta)
 
     def state_dict(self) -> list[list[float]]:
         """Return plain numbers."""
@@ -113,7 +114,8 @@ class Accountant:
         self.releases = [Release(float(rate), float(z), int(rounds)) for rate, z, rounds in state]
 
 
-def _library_epsilon(releases: Sequence[Release], delta: float) -> float:
+@lru_cache(maxsize=16)  # what was looked ahead at is asked for again once it is spent
+def _library_epsilon(releases: tuple[Release, ...], delta: float) -> float:
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 

@@ -43,6 +43,7 @@ from lightning_distopt.federated.records import (
     metric_record,
     read_metrics,
     read_update,
+    release,
     tensors_of,
     to_record,
 )
@@ -214,6 +215,7 @@ class FedMom(FedAvg):
                 collected.offer(read_update(message, self._sent, server_round, self.compressor, compressed))
             except ReplyError as error:
                 collected.refuse(message.metadata.src_node_id, error)
+            release(message)
         collected.settle()
         if self.privacy is not None:
             g = self._private(collected, self.privacy)

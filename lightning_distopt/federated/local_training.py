@@ -50,8 +50,9 @@ class LocalWork:
             raise ValueError(
                 f"One of `local_steps` and `local_epochs` must be given: got {self.steps} and {self.epochs}."
             )
-        if (self.steps or self.epochs or 0) < 1:
-            raise ValueError(f"`local_steps` or `local_epochs` must be at least 1: got {self.steps or self.epochs}.")
+        length = self.epochs if self.steps is None else self.steps
+        if length is None or length < 1:
+            raise ValueError(f"`local_steps` or `local_epochs` must be at least 1: got {length}.")
         if self.optimizer_state not in ("fresh", "kept"):
             raise ValueError(f"`optimizer_state` must be 'fresh' or 'kept': got {self.optimizer_state!r}.")
         if not self.prox >= 0:

@@ -36,6 +36,7 @@ __all__ = [
     "metrics_of",
     "read_metrics",
     "read_update",
+    "release",
     "tensors_of",
     "to_record",
     "widened",
@@ -171,6 +172,13 @@ def metrics_of(record: MetricRecord) -> dict[str, float]:
         for name, value in record.items()
         if name not in (NUM_EXAMPLES, BASE_ROUND) and isinstance(value, (int, float)) and math.isfinite(value)
     }
+
+
+def release(message: Message) -> None:
+    """Drop the arrays of a reply that has been read: Flower's records hold cycles, which would wait for the garbage collector."""
+    if message.has_content():
+        for record in message.content.array_records.values():
+            record.clear()
 
 
 def metric_record(metrics: Mapping[str, float]) -> MetricRecord:
