@@ -5,8 +5,7 @@
 
 First comes the grid of client rates, the same for every method, with the first seed; then, at each method's best rate, the
 other seeds. Rows are appended to the CSV at once; what is there is not run again. The clients are those of
-:func:`lightning_client_app`, called in this process (``InProcessGrid``); FedSGD, FedAvg, FedProx, FedAvgM and FedAdam are Flower's
-own strategies.
+:func:`lightning_client_app`, called in this process (``InProcessGrid``); all strategies but FedMom are Flower's own.
 """
 
 from __future__ import annotations
@@ -153,15 +152,11 @@ def measure(task: Task, results: ResultsFile, runs: int | None, part: tuple[int,
 
 def table(task: Task, results: ResultsFile) -> str:
     """Return, as Markdown, each method at its best rate: accuracy of the last five rounds, and rounds to accuracies."""
-    kept = {
-        method: [
-            row
-            for row in results.rows()
-            if (row["task"], row["method"]) == (task.name, method) and float(row["rate"]) == rate
-        ]
-        for method in METHODS
-        if (rate := best_rate(task, method, results)) is not None
-    }
+    kept: dict[str, list[dict[str, str]]] = {}
+    for method in METHODS:
+        if (rate := best_rate(task, method, results)) is not None:
+            wanted = (task.name, method, rate)
+            kept[method] = [row for row in results.rows() if (row["task"], row["method"], float(row["rate"])) == wanted]
     fedavg = statistics.mean(float(row["final"]) for row in kept["fedavg"]) if "fedavg" in kept else task.target
     lines = [
         f"| method | client rate | accuracy, last 5 rounds (range over seeds) | rounds to {task.target:.0%} | rounds to FedAvg's "
