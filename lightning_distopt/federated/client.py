@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -63,6 +64,7 @@ def lightning_client_app(
     prox: float = 0.0,
     local_keys: Sequence[str] = (),
     trainer: dict[str, Any] | None = None,
+    mods: Sequence[Mod] = (),
 ) -> ClientApp:
     """Return a Flower ``ClientApp`` that trains and evaluates with Lightning.
 
@@ -79,6 +81,7 @@ def lightning_client_app(
         prox: weight of FedProx's term ``(mu/2) |y - w|²``, at least 0; a ``proximal-mu`` from the server comes before it.
         local_keys: patterns (``"head.*"``) of entries that stay on the client: never sent, never overwritten.
         trainer: arguments of the Trainer; the defaults are quiet.
+        mods: of Flower, around training; for example ``LocalDpMod(...)``, not together with compressed uploads.
 
     Raises:
         ValueError: if a number is out of range.
@@ -94,7 +97,7 @@ def lightning_client_app(
     def query(message: Message, context: Context) -> Message:
         return Message(RecordDict({NAME_RECORD: ConfigRecord({NAME_KEY: _name(context)})}), reply_to=message)
 
-    @app.train()
+    @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
         config = _config(message)
         received = _arrays(message)

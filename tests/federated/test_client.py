@@ -124,6 +124,16 @@ def test_flowers_own_fedavg_takes_the_same_clients() -> None:
         torch.testing.assert_close(theirs[name].float(), tensor)
 
 
+def test_flowers_local_privacy_goes_around_training() -> None:
+    from flwr.clientapp.mod import LocalDpMod
+
+    strategy = FedMom(momentum=0.0, fraction_evaluate=0.0)
+    noised, _, _ = federation(strategy, mods=[LocalDpMod(0.1, 0.1, 10.0, 1e-5)])
+    assert strategy.collected is not None
+    assert not strategy.collected.refused
+    assert not equal(noised, federation()[0])
+
+
 def test_the_server_app_runs_the_federation_and_validates() -> None:
     from flwr.app import Context, RecordDict
 
