@@ -89,7 +89,7 @@ class Collected:
     def settle(self) -> None:
         """Decide about those held back, now that all have come."""
         if self._held:
-            self._typical = statistics.median(length for _, length in self._held)
+            self._typical = statistics.median_low(length for _, length in self._held)  # of two, the shorter
         while self._held:
             self._take(*self._held.pop(0))
         if self.privacy is None:

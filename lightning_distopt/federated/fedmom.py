@@ -56,6 +56,7 @@ from lightning_distopt.federated.state import ServerState
 __all__ = ["FedMom"]
 
 _log = getLogger(__name__)
+_GRACE = 600.0  # seconds, for clocks that differ
 
 
 class FedMom(FedAvg):
@@ -187,8 +188,9 @@ class FedMom(FedAvg):
     ) -> list[Message]:
         config[ROUND_KEY] = server_round
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        lives = self.service.deadline.timeout + _GRACE  # what nobody waits for any more need not be begun
         return [
-            Message(content=record, message_type=message_type, dst_node_id=node, group_id=str(server_round))
+            Message(content=record, message_type=message_type, dst_node_id=node, group_id=str(server_round), ttl=lives)
             for node in nodes
         ]
 
@@ -289,7 +291,7 @@ class FedMom(FedAvg):
                 continue
             if node not in metrics:
                 metrics[node] = told
-                weights.append(examples)
+                weights.append(min(examples, self.screening.max_examples or examples))
         self.evaluated = metrics
         if not metrics:
             return None

@@ -58,4 +58,4 @@ class NormHistory:
 
     def typical(self) -> float | None:
         """Return the median, or ``None`` if there is none yet."""
-        return statistics.median(self.norms) if self.norms else None
+        return statistics.median_low(self.norms) if self.norms else None

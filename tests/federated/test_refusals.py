@@ -130,6 +130,14 @@ def test_a_bound_on_examples_limits_what_a_liar_weighs() -> None:
     torch.testing.assert_close(arrays["layer.weight"], w + ((0 - w) / 2 + (1 - w) / 2) / 2)
 
 
+def test_of_two_clients_the_thousand_fold_one_is_refused() -> None:
+    turn = lambda client, r, w: {n: t - 1000.0**client for n, t in w.items()}  # noqa: E731
+    strategy = FedMom(fraction_evaluate=0.0)
+    strategy.start(InProcessGrid(toy_app(turn), 2), to_record({"w": torch.zeros(3)}), 1)
+    assert strategy.collected is not None
+    assert list(strategy.collected.weights) == [1]
+
+
 def test_an_absolute_bound_refuses_in_the_first_round() -> None:
     strategy = FedMom(screening=Screening(norm_bound=1e-6, norm_factor=None), fraction_evaluate=0.0)
     arrays = tensors_of(strategy.start(InProcessGrid(toy_app(), 3), to_record(start()), 1).arrays)
