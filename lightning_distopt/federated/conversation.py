@@ -89,7 +89,7 @@ def wait_for_nodes(grid: Grid, needed: int) -> list[int]:
     while len(nodes := list(grid.get_node_ids())) < needed:
         if time.monotonic() - told > 10:
             told = time.monotonic()
-            _log.info("Waiting for clients: %d are connected, %d are needed.", len(nodes), needed)
+            _log.warning("Waiting for clients: %d are connected, %d are needed.", len(nodes), needed)
         time.sleep(0.1)
     return nodes
 

@@ -358,7 +358,7 @@ class FedMom(FedAvg):
 
     def summary(self) -> None:
         """Log the settings."""
-        _log.info("FedMom: %s.", ", ".join(f"{key}={value}" for key, value in self.settings().items()))
+        getLogger("flwr").info("FedMom: %s.", ", ".join(f"{key}={value}" for key, value in self.settings().items()))
 
     def start(
         self,

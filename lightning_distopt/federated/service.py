@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Service", "serve"]
 
 _log = getLogger(__name__)
+_progress = getLogger("flwr")  # whose handler prints Flower's own lines
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -85,7 +86,7 @@ def serve(
     if before is not None:
         arrays, first = to_record(before.arrays), before.round + 1
         result.arrays = arrays
-        _log.info("The federation goes on after round %d.", before.round)
+        _progress.info("The federation goes on after round %d.", before.round)
     elif evaluate_fn is not None and (metrics := evaluate_fn(0, initial)) is not None:
         result.evaluate_metrics_serverapp[0] = metrics
     status = "failed"
@@ -116,7 +117,7 @@ def serve(
             _log_round(strategy, record)
             why = service.stopping.reason(record["metrics"]) if service.stopping is not None else None
             if why is not None:
-                _log.info("The federation ends after round %d: %s.", server_round, why)
+                _progress.info("The federation ends after round %d: %s.", server_round, why)
                 break
         status = "success"
     finally:
@@ -194,4 +195,4 @@ def _log_round(strategy: FedMom, record: dict[str, Any]) -> None:
             metrics |= {f"{name}/client_{client}": value for name, value in told.items()}
     for logger in strategy.service.loggers:
         logger.log_metrics(metrics, step=record["round"])
-    _log.info("Round %d: %s.", record["round"], ", ".join(f"{k}={v:.4g}" for k, v in record["metrics"].items()))
+    _progress.info("Round %d: %s.", record["round"], ", ".join(f"{k}={v:.4g}" for k, v in record["metrics"].items()))

@@ -41,7 +41,7 @@ class Run:
 
     Attributes:
         name: of the method.
-        seconds: wall time, without the start of Ray.
+        seconds: wall time; the first federation's has the start of Ray's processes in it.
         accuracies: of the server on images that no client holds, after each round from 0.
         clients: accuracy over the clients' own validation images, weighted, in the last round.
         worst: the same over the worst tenth of them.

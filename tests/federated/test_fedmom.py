@@ -200,6 +200,13 @@ def test_noise_is_added_even_if_nobody_answers_and_epsilon_grows() -> None:
     assert strategy.accountant.releases == [(0.5, 1.0, 2)]
 
 
+def test_momentum_comes_after_the_noise() -> None:
+    strategy = FedMom(momentum=0.9, privacy=Privacy(0.1, 1.0, 1e-5, 4), fraction_train=0.5, fraction_evaluate=0.0)
+    arrays, _ = fit(strategy, 1, 4, lambda client, _, w: w)  # nobody has learnt anything: all is noise
+    w, v = start()["layer.weight"], strategy.v["layer.weight"]
+    torch.testing.assert_close(arrays["layer.weight"] - w, 1.9 * (v - w))
+
+
 def test_the_budget_ends_the_federation() -> None:
     strategy = FedMom(privacy=Privacy(0.1, 1.0, 1e-5, 4, max_epsilon=5.0), fraction_train=0.5, fraction_evaluate=0.0)
     fit(strategy, rounds=50)
