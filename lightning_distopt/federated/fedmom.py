@@ -27,6 +27,7 @@ from lightning_distopt.federated.metrics import over_clients
 from lightning_distopt.federated.options import (
     Weighting,
     check_aggregator,
+    check_fractions,
     check_step,
     replies_needed,
     share,
@@ -112,6 +113,7 @@ class FedMom(FedAvg):
     ) -> None:
         super().__init__(**options)
         check_step(lr, momentum)
+        check_fractions(self.fraction_train, self.fraction_evaluate, privacy)
         check_aggregator(aggregator)
         self.weighting = weighting_of(weighting, total_examples, privacy, aggregator)
         self.lr, self.momentum, self.total_examples = lr, momentum, total_examples
@@ -149,14 +151,21 @@ class FedMom(FedAvg):
         if self.compressor_text is not None:
             config[COMPRESSOR_KEY] = self.compressor_text
             config[COMPRESSED_KEY] = sorted(trainable_names(self._sent, self.trainable))
-        nodes = self._nodes(grid, self.min_train_nodes)
+        unknown = sorted((self.trainable or frozenset()) - set(self._sent))
+        if unknown:
+            raise ValueError(
+                f"`trainable` must name arrays of the model: {len(unknown)} are not there, such as {unknown[:3]}. Use "
+                "the names of its state dict."
+            )
+        private = 0 if self.privacy is None else share(self.fraction_train, self.privacy.population)
+        fixed = private if self.privacy is not None and self.privacy.sampling == "fixed" else 0
+        nodes = self._nodes(grid, max(self.min_train_nodes, fixed))
         if self.fraction_train == 0.0:
             self.asked = []
         elif self.privacy is not None and self.privacy.sampling == "poisson":
             self.asked = poisson_cohort(nodes, self.fraction_train, self.secret, server_round)
         else:
-            clients = len(nodes) if self.privacy is None else self.privacy.population
-            size = max(share(self.fraction_train, clients), self.min_train_nodes if self.privacy is None else 1)
+            size = fixed or max(share(self.fraction_train, len(nodes)), self.min_train_nodes)
             self.asked = fixed_cohort(nodes, size, self.seed, server_round)
         return self._addressed(server_round, arrays, config, self.asked, MessageType.TRAIN)
 
@@ -176,12 +185,13 @@ class FedMom(FedAvg):
     def _nodes(self, grid: Grid, needed: int) -> list[int]:
         """Return the connected clients in an order that is the same after a restart."""
         nodes = wait_for_nodes(grid, max(self.min_available_nodes, needed))
-        new = [node for node in nodes if node not in self._node_order]
+        known, connected = set(self._node_order), set(nodes)
+        new = [node for node in nodes if node not in known]
         if new:
             if self.service.identify:
                 self.names.update(ask_names(grid, new))
             self._node_order = sorted_by_name({*self._node_order, *new}, self.names)
-        return [node for node in self._node_order if node in set(nodes)]
+        return [node for node in self._node_order if node in connected]
 
     def _addressed(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int], message_type: str

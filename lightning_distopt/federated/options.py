@@ -23,6 +23,7 @@ from lightning_distopt.federated.privacy import Privacy
 __all__ = [
     "Weighting",
     "check_aggregator",
+    "check_fractions",
     "check_step",
     "replies_needed",
     "share",
@@ -39,6 +40,16 @@ def check_step(lr: float | Callable[[int], float], momentum: float) -> None:
         raise ValueError(f"`lr` must be a finite number above 0, or a function of the round: got {lr}. Use 1.0.")
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be in [0, 1): got {momentum}. 0.9 is common, 0 is FedAvg.")
+
+
+def check_fractions(train: float, evaluate: float, privacy: Privacy | None) -> None:
+    """Raise a ``ValueError`` unless the shares of clients are shares, and somebody trains under privacy."""
+    if not (0 <= train <= 1 and 0 <= evaluate <= 1):
+        raise ValueError(f"`fraction_train` and `fraction_evaluate` must be in [0, 1]: got {train} and {evaluate}.")
+    if privacy is not None and train == 0:
+        raise ValueError(
+            f"`fraction_train` must be above 0 with `privacy`: got {train}. It is the rate that is counted."
+        )
 
 
 def weighting_of(

@@ -126,7 +126,7 @@ def mnist(root: Path, clients: int = 100, samples: int = 12_000) -> Task:
         return Classifier(net, lr)
 
     parts = pathological(labels.numpy(), clients, shards=2, seed=0)
-    return Task("mnist", module, TensorDataset(images, labels), parts, test, (0.01, 0.03, 0.1, 0.3), 60, 2, 20, 0.9)
+    return Task("mnist", module, TensorDataset(images, labels), parts, test, (0.03, 0.1, 0.3, 1.0), 60, 2, 20, 0.9)
 
 
 def shakespeare(root: Path, clients: int = 100, length: int = 80) -> Task:
@@ -159,7 +159,7 @@ def shakespeare(root: Path, clients: int = 100, length: int = 80) -> Task:
     def module(lr: float) -> Classifier:
         return Classifier(Recurrent(len(alphabet)), lr)
 
-    return Task("shakespeare", module, data, parts, judged, (0.3, 1.0, 3.0, 6.0), 40, 1, 4, 0.3)
+    return Task("shakespeare", module, data, parts, judged, (1.0, 3.0, 6.0, 10.0), 40, 1, 4, 0.3)
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {"mnist": mnist, "shakespeare": shakespeare}

@@ -230,12 +230,19 @@ def test_the_budget_ends_the_federation() -> None:
         ({"privacy": Privacy(1.0, 1.0, 1e-5, 4), "weighting": "normalized"}, "uniform.*normalized"),
         ({"aggregator": FedMedian(), "weighting": "normalized"}, "uniform.*normalized"),
         ({"compressor": "powersgd:2"}, "powersgd:2"),
+        ({"fraction_train": 1.5}, "fraction_train.*1.5"),
+        ({"privacy": Privacy(1.0, 1.0, 1e-5, 4), "fraction_train": 0.0}, "fraction_train.*0.0"),
         ({"privacy": Privacy(1.0, 1.0, 1e-5, 4), "service": Service(deadline=Deadline(5.0))}, "poisson.*5.0"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         FedMom(**options)
+
+
+def test_names_that_are_not_there_are_told() -> None:
+    with pytest.raises(ValueError, match=r"layer\.weigth"):
+        fit(FedMom(trainable=["layer.weigth"]))
 
 
 @pytest.mark.parametrize("aggregator", [FedAvgM(), "median"])
