@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 # DATA=<folder>: an unpacked CIFAR-10 image folder for the slow checks
 export DATA
 
-.PHONY: help setup demo test test-former test-latter test-slow test-oldest lint format wheel clean
+.PHONY: help setup demo federated-demo test test-former test-latter test-slow test-oldest lint format wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -21,6 +21,9 @@ setup: $(VENV)/.ready  ## make the virtual environment and install everything in
 
 demo: setup  ## train on digits with ddp, then with compressed_ddp; print a table, write a picture
 	$(BIN)/python -m recipes.resnet.demo
+
+federated-demo: setup  ## ten clients learn digits in Flower's simulation (Python >= 3.11): a table and two pictures
+	$(BIN)/python -W ignore -m recipes.federated.demo
 
 # In two halves side by side: most tests wait for processes that wait for each other.
 LATTER := tests/strategies tests/callbacks tests/advice tests/benchmarks

@@ -17,6 +17,7 @@ __all__ = [
     "QueryError",
     "QueryShapeError",
     "RankMismatchError",
+    "ReplyError",
     "SidecarError",
     "WorkerLostError",
 ]
@@ -180,6 +181,21 @@ class WorkerLostError(DistoptError):
 
 class RankMismatchError(DistoptError):
     """The ranks do not hold the same parameters in the same order, so no collective can be matched."""
+
+
+class ReplyError(DistoptError, ValueError):
+    """A client's reply cannot be used; the federation goes on without it.
+
+    Attributes:
+        reason: ``error``, ``malformed``, ``stale``, ``non_finite``, ``norm``, ``no_examples`` or ``duplicate``.
+    """
+
+    def __init__(self, message: str, reason: str = "malformed") -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class SidecarError(DistoptError):

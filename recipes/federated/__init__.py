@@ -1,0 +1,1 @@
+"""Federated learning on Flower: an app on digits, a demonstration, a study."""

@@ -1,0 +1,1 @@
+"""A Flower app: the same files run in a simulation and on machines of their own."""
