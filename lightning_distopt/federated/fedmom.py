@@ -89,6 +89,7 @@ class FedMom(FedAvg):
         compressor: of the uploads, as text such as ``"topk:0.01"``: displacements of trainable arrays travel compressed.
         service: state folder, deadline, loggers, early stopping.
         **options: of Flower's ``FedAvg``: ``fraction_train``, ``fraction_evaluate``, ``min_train_nodes``, ...
+            ``min_available_nodes`` are waited for before the first round only: a client that dies does not stop the others.
 
     Raises:
         TypeError: for an aggregator that is no strategy of Flower, or has a server step of its own.
@@ -184,7 +185,8 @@ class FedMom(FedAvg):
 
     def _nodes(self, grid: Grid, needed: int) -> list[int]:
         """Return the connected clients in an order that is the same after a restart."""
-        nodes = wait_for_nodes(grid, max(self.min_available_nodes, needed))
+        # All are waited for before the first round only: a client that dies must not stop the others for ever.
+        nodes = wait_for_nodes(grid, needed if self._node_order else max(self.min_available_nodes, needed))
         known, connected = set(self._node_order), set(nodes)
         new = [node for node in nodes if node not in known]
         if new:

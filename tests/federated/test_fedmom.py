@@ -109,6 +109,12 @@ def test_a_round_without_replies_leaves_model_and_momentum_alone() -> None:
     assert list(result.train_metrics_clientapp) == [1, 3]
 
 
+def test_a_client_that_leaves_does_not_stop_the_others() -> None:
+    grid = InProcessGrid(toy_app(lambda client, r, w: grid.contexts.pop(4, None) and None), 4)
+    result = FedMom(min_available_nodes=4, fraction_evaluate=0.0).start(grid, to_record(start()), 3)
+    assert list(result.train_metrics_clientapp) == [1, 2, 3]
+
+
 def test_too_few_replies_are_no_replies() -> None:
     def turn(client, server_round, arrays):
         if client:
