@@ -26,7 +26,7 @@ federated-demo: setup  ## ten clients learn digits in Flower's simulation (Pytho
 	$(BIN)/python -W ignore -m recipes.federated.demo
 
 # In two halves side by side: most tests wait for processes that wait for each other.
-LATTER := tests/strategies tests/callbacks tests/advice tests/benchmarks
+LATTER := tests/strategies tests/callbacks tests/advice tests/benchmarks tests/recipes
 test: setup  ## run the tests (at most 10 minutes on 2 cores)
 	@$(MAKE) --no-print-directory -j2 test-former test-latter
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -217,7 +216,7 @@ class _Generation:
             for path in folder.glob(f"kept.{content}.*"):
                 path.unlink()
         elif what == "error":
-            raise pickle.loads(content)
+            raise content
 
     def _gathered(self, folder: Path, name: str) -> Array:
         for k, rows in enumerate(self.rows):
@@ -227,7 +226,7 @@ class _Generation:
     def _lost(self, ended: list[int], processes: list[Any], folder: Path) -> WorkerLostError:
         # The first that wrote why, or else one that was killed: those whose neighbour is gone fail after it.
         if (folder / "diverged").exists():
-            raise pickle.loads((folder / "diverged").read_bytes())
+            raise CertificateError((folder / "diverged").read_text())
         killed = [k for k in ended if processes[k].exitcode < 0]
         k = (killed or ended)[0]
         code = processes[k].exitcode
@@ -277,12 +276,12 @@ def _child(
         code = 0
     except BaseException as error:
         if isinstance(error, CertificateError):  # no fault of this worker: it is raised as it is
-            (folder / "diverged").write_bytes(pickle.dumps(error))
+            (folder / "diverged").write_text(str(error))
         part = folder / f"{k}.part"
         part.write_text(traceback.format_exc())
         part.rename(folder / f"{k}.error")
         if k == 0:
-            _tell(pipe, "error", pickle.dumps(error))
+            _tell(pipe, "error", error)
     finally:
         os._exit(code)
 
