@@ -2,12 +2,12 @@
 
     python -m benchmarks.black_box a9a --data <a9a.gz>
     python -m benchmarks.black_box w8a --data <w8a.gz>
-    python -m benchmarks.black_box attack --data <folder of MNIST's idx files>
+    python -m benchmarks.black_box attack --data <folder of MNIST's idx files>         (also attack_blocks, attack_ten)
     python -m benchmarks.black_box finetune --data <text to fine-tune on> --pretrain <text to begin with>
     python -m benchmarks.black_box speed
     python -m benchmarks.black_box memory
     python -m benchmarks.black_box --table             (the tables of docs/zeroth_order.md)
-    python -m benchmarks.black_box --draw docs          (its pictures)
+    python -m benchmarks.black_box --draw docs          (its pictures; with --data <folder of MNIST> that of the digits too)
 
 Every method of a study gets the same budget of queries and the same grid of rates (first seed); its two best rates are then
 repeated with the other seeds, and the better mean is reported. Runs are appended to `benchmarks/results/black_box.csv`; what
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from benchmarks.results_file import ResultsFile, machine, versions
 from lightning_distopt.errors import BudgetError
-from lightning_distopt.optimizers.proximal import ElasticNet
+from lightning_distopt.optimizers.proximal import ElasticNet, GroupLasso, Proximal
 from lightning_distopt.zeroth_order import (
     CoordinateEstimator,
     Estimator,
@@ -92,7 +92,7 @@ class Problem:
     start: Callable[[], nn.Parameter]
     f: Callable[[tuple[Tensor, ...], Tensor], Tensor]
     n: int
-    proximal: ElasticNet
+    proximal: Proximal
     scale: float
     report: Callable[[Tensor], tuple[float, float, str]]
 
@@ -115,17 +115,26 @@ class Study:
 STUDIES = {
     "a9a": Study(
         {"coordinate": 200_000_000, "Gaussian": 1_000_000},
-        {"coordinate": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), "Gaussian": (0.03, 0.1, 0.3, 1.0, 3.0)},
+        {"coordinate": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), "Gaussian": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)},
         {"coordinate": CoordinateEstimator(), "Gaussian": GaussianEstimator()},
     ),
     "w8a": Study(
         {"coordinate": 100_000_000, "Gaussian": 500_000},
-        {"coordinate": (3.0, 10.0, 30.0, 100.0), "Gaussian": (0.03, 0.1, 0.3, 1.0, 3.0)},
+        {"coordinate": (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0), "Gaussian": (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)},
         {"coordinate": CoordinateEstimator(), "Gaussian": GaussianEstimator()},
     ),
-    "attack": Study({"Gaussian": 60_000}, {"Gaussian": (0.1, 1.0, 10.0)}, {"Gaussian": GaussianEstimator(10)}),
+    "attack": Study({"Gaussian": 60_000}, {"Gaussian": (0.1, 1.0, 10.0, 100.0)}, {"Gaussian": GaussianEstimator(10)}),
+    "attack_blocks": Study(
+        {"Gaussian": 60_000}, {"Gaussian": (0.1, 1.0, 10.0, 100.0)}, {"Gaussian": GaussianEstimator(10)}
+    ),
+    "attack_ten": Study(
+        {"coordinate": 300_000}, {"coordinate": (1.0, 10.0, 100.0)}, {"coordinate": CoordinateEstimator()}
+    ),
 }
-SAMPLES = {"a9a": 2000, "w8a": 1000, "attack": 100}
+SAMPLES = {"a9a": 2000, "w8a": 1000, "attack": 100, "attack_blocks": 100, "attack_ten": 10}
+FINETUNE_QUERIES, FINETUNE_RATES = 25_600, (3e-4, 1e-3, 3e-3, 1e-2)
+METHOD_NAMES = {"sgd": "ZO-ProxSGD", "svrg": "ZO-ProxSVRG", "saga": "ZO-ProxSAGA"}
+BLOCKS, BLOCK_WEIGHT = 4, 0.02  # pixels a side of the squares of attack_blocks, and the weight of their norms
 
 
 def sparse(path: str, n: int) -> Problem:
@@ -157,20 +166,12 @@ def sparse(path: str, n: int) -> Problem:
     )
 
 
-def attack(folder: str, n: int) -> Problem:
+def attack(folder: str, n: int, blocks: bool = False) -> Problem:
     """A universal perturbation of images of the digit 1, against the network of the recipe."""
-    from recipes.black_box import AttackData
-    from recipes.black_box.attack import attacked
+    from recipes.black_box.attack import attacked, squares
 
-    victim_path = train_victim(folder)
-    data = AttackData(folder, str(victim_path), label=1, count=n)
-    data.setup("fit")
-    assert data.images is not None
-    images, labels = data.images.tensors
-    from recipes.black_box import DigitClassifier
-
-    net = DigitClassifier.load_from_checkpoint(victim_path, map_location="cpu").requires_grad_(False).eval().net
-    proximal = ElasticNet(1e-5, 2e-5)
+    images, labels, net = victim_and_images(folder, n)
+    proximal: Proximal = GroupLasso(BLOCK_WEIGHT, squares(BLOCKS)) if blocks else ElasticNet(1e-5, 2e-5)
 
     def f(params: tuple[Tensor, ...], indices: Tensor) -> Tensor:
         a = images[indices]
@@ -183,9 +184,23 @@ def attack(folder: str, n: int) -> Problem:
         moved = attacked(images, x)
         wrong = float((net(moved).argmax(1) != labels).float().mean())
         change = float((moved - images).square().sum((1, 2, 3)).mean())
-        return float(f((x,), torch.arange(n)).mean() + proximal.value(x)), math.nan, f"{wrong:.2f} {change:.2f}"
+        extra = f"{wrong:.2f} {change:.2f} {float((x == 0).double().mean()):.2f}"
+        return float(f((x,), torch.arange(n)).mean() + proximal.value(x)), math.nan, extra
 
     return Problem(lambda: nn.Parameter(torch.zeros(1, 28, 28)), f, n, proximal, 1.0, report)
+
+
+def victim_and_images(folder: str, n: int) -> tuple[Tensor, Tensor, nn.Module]:
+    """Return n images of the digit 1 that the network of the recipe reads rightly, their labels, and the network."""
+    from recipes.black_box import AttackData, DigitClassifier
+
+    path = train_victim(folder)
+    net = DigitClassifier.load_from_checkpoint(path, map_location="cpu").requires_grad_(False).eval().net
+    data = AttackData(folder, str(path), label=1, count=n)
+    data.setup("fit")
+    assert data.images is not None
+    images, labels = data.images.tensors
+    return images, labels, net
 
 
 def train_victim(folder: str) -> Path:
@@ -207,29 +222,36 @@ def train_victim(folder: str) -> Path:
     return path
 
 
-def run(problem: Problem, method: str, estimator: Estimator, budget: int, rate: float, seed: int) -> dict[str, Any]:
-    """Walk until the budget is spent; return the last objective, the slope of the gradient mapping, and the curve."""
+def walk(
+    problem: Problem, method: str, estimator: Estimator, budget: int, rate: float, seed: int
+) -> Iterator[tuple[Tensor, int]]:
+    """Step until the budget is spent; yield the parameters and the queries so far after each step."""
     x = problem.start()
     optimizer = METHODS[method](
         [x], n_samples=problem.n, lr=rate * problem.scale, estimator=estimator, proximal=problem.proximal, max_queries=budget,
         seed=seed,
     )  # fmt: skip
-    marks = iter([budget * 10 ** (-3 + 3 * k / (POINTS - 1)) for k in range(POINTS)])
-    mark, curve, start = next(marks), [], time.perf_counter()
     try:
         while True:
             optimizer.step(objective=problem.f)
-            if optimizer.queries >= mark:
-                while optimizer.queries >= mark:
-                    mark = next(marks, math.inf)
-                objective, mapping, extra = problem.report(x.detach())
-                curve.append((optimizer.queries, objective, mapping))
+            yield x.detach(), optimizer.queries
     except BudgetError:
-        pass
-    objective, mapping, extra = problem.report(x.detach())
-    curve.append((optimizer.queries, objective, mapping))
+        return
+
+
+def run(problem: Problem, method: str, estimator: Estimator, budget: int, rate: float, seed: int) -> dict[str, Any]:
+    """Walk until the budget is spent; return the last objective, the slope of the gradient mapping, and the curve."""
+    marks = iter([budget * 10 ** (-3 + 3 * k / (POINTS - 1)) for k in range(POINTS)])
+    mark, curve, start = next(marks), [], time.perf_counter()
+    for x, queries in walk(problem, method, estimator, budget, rate, seed):
+        if queries >= mark:
+            while queries >= mark:
+                mark = next(marks, math.inf)
+            curve.append((queries, *problem.report(x)[:2]))
+    objective, mapping, extra = problem.report(x)
+    curve.append((queries, objective, mapping))
     return {
-        "queries": optimizer.queries,
+        "queries": queries,
         "objective": f"{objective:.6g}",
         "slope": f"{slope(curve, budget):.3f}",
         "extra": extra,
@@ -267,10 +289,10 @@ def baseline(problem: Problem, name: str, budget: int, seed: int) -> dict[str, A
     parametrization = nevergrad.p.Array(shape=problem.start().shape)
     parametrization.random_state.seed(seed)
     optimizer = nevergrad.optimizers.registry[name](parametrization, budget=budget // problem.n)
-    curve = []
+    curve, dtype = [], problem.start().dtype
 
     def value(point: Any) -> float:
-        x = torch.as_tensor(point)
+        x = torch.as_tensor(point, dtype=dtype)
         return float(problem.f((x,), everything).mean() + problem.proximal.value(x))
 
     for k in range(1, budget // problem.n + 1):
@@ -283,7 +305,7 @@ def baseline(problem: Problem, name: str, budget: int, seed: int) -> dict[str, A
         "queries": budget // problem.n * problem.n,
         "objective": f"{curve[-1][1]:.6g}",
         "slope": "nan",
-        "extra": problem.report(torch.as_tensor(optimizer.provide_recommendation().value))[2],
+        "extra": problem.report(torch.as_tensor(optimizer.provide_recommendation().value, dtype=dtype))[2],
         "seconds": f"{time.perf_counter() - start:.1f}",
         "curve": ";".join(f"{q}:{f:.5g}:{g:.4g}" for q, f, g in curve),
     }
@@ -297,17 +319,10 @@ def zoo(folder: str, images: int) -> None:
     except ImportError:
         print("ART is not installed: its ZOO is left out.")
         return
-    from recipes.black_box import AttackData, DigitClassifier
-
-    key = {"study": "attack", "method": "ART ZOO", "estimator": "coordinate", "rate": "-", "seed": 0}
+    key = {"study": "attack_ten", "method": "ART ZOO", "estimator": "coordinate", "rate": "-", "seed": 0}
     if RESULTS.find(**key) is not None:
         return
-    victim = train_victim(folder)
-    net = DigitClassifier.load_from_checkpoint(victim, map_location="cpu").requires_grad_(False).eval().net
-    data = AttackData(folder, str(victim), label=1, count=images)
-    data.setup("fit")
-    assert data.images is not None
-    clean, labels = data.images.tensors
+    clean, labels, net = victim_and_images(folder, images)
     asked, start = 0, time.perf_counter()
 
     def predict(batch: Any) -> Any:
@@ -319,7 +334,7 @@ def zoo(folder: str, images: int) -> None:
         predict, input_shape=(1, 28, 28), nb_classes=10, channels_first=True, clip_values=(-0.5, 0.5)
     )
     attack = ZooAttack(
-        black_box, max_iter=20, binary_search_steps=2, use_resize=False, use_importance=False, verbose=False
+        black_box, max_iter=150, binary_search_steps=2, use_resize=False, use_importance=False, verbose=False
     )
     moved = torch.as_tensor(attack.generate(clean.numpy()), dtype=torch.float32)
     wrong = float((net(moved).argmax(1) != labels).float().mean())
@@ -359,9 +374,16 @@ def plan(name: str) -> Iterator[tuple[str, str, float, int]]:
                 yield method, estimator, rate, seed
 
 
+def make_problem(name: str, data: str) -> Problem:
+    """Make the problem of a study."""
+    if name.startswith("attack"):
+        return attack(data, SAMPLES[name], blocks=name == "attack_blocks")
+    return sparse(data, SAMPLES[name])
+
+
 def measure(name: str, data: str, until: float) -> None:
     """Run what is missing of a study, and no run after ``until``."""
-    problem = (attack if name == "attack" else sparse)(data, SAMPLES[name])
+    problem = make_problem(name, data)
     study = STUDIES[name]
     for method, estimator, rate, seed in plan(name):
         key = {"study": name, "method": method, "estimator": estimator, "rate": f"{rate:g}", "seed": seed}
@@ -404,21 +426,39 @@ def finetune(data: str, pretrain: str, until: float) -> None:
         module = TransformerLM(optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
         trainer.fit(module, TextData(pretrain, length=64, batch_size=32))
         trainer.save_checkpoint(start)
-    for method, rate, seed in (("sgd", r, s) for s in SEEDS for r in (3e-4, 1e-3)):
-        key = {"study": "finetune", "method": method, "estimator": "Gaussian", "rate": f"{rate:g}", "seed": seed}
+
+    class Traced(FineTuning):
+        """Keeps the objective of every evaluation beside its queries."""
+
+        curve: list[tuple[int, float]]
+
+        def on_evaluation(self, value: float) -> None:
+            self.curve.append((self.optimizers().optimizer.queries, value))  # type: ignore[union-attr]
+
+    def fine_tune(method: str, rate: float, seed: int) -> None:
+        name = METHOD_NAMES[method]
+        key = {"study": "finetune", "method": name, "estimator": "Gaussian", "rate": f"{rate:g}", "seed": seed}
         if RESULTS.find(**key) is not None or time.monotonic() > until:
-            continue
+            return
         began = time.perf_counter()
-        tuned = FineTuning(str(start), method=method, lr=rate, seed=seed, options={"schedule": "constant"})
-        texts = TextData(data, length=64, steps=400, limit=1000)
-        trainer = pl.Trainer(max_steps=400, val_check_interval=400, **quiet)
-        before = trainer.validate(tuned, texts, verbose=False)[0]["val/loss"]
+        tuned = Traced(str(start), method=method, lr=rate, seed=seed, max_queries=FINETUNE_QUERIES,  # type: ignore[arg-type]
+                       options={"schedule": "constant"} if method == "sgd" else None)  # fmt: skip
+        tuned.curve = []
+        texts = TextData(data, length=64, steps=FINETUNE_QUERIES // 64, limit=1000)
+        trainer = pl.Trainer(max_epochs=1, limit_val_batches=0, **quiet)
         trainer.fit(tuned, texts)
-        after = float(trainer.callback_metrics["val/loss"])
         queries = int(trainer.callback_metrics["zo/queries"])
-        RESULTS.append({**key, "queries": queries, "objective": f"{after:.4f}", "slope": "nan", "extra": f"{before:.4f}",
-                        "seconds": f"{time.perf_counter() - began:.1f}", "curve": "", "versions": versions()})  # fmt: skip
-        print(f"finetune {method} {rate:g} seed {seed}: {before:.4f} -> {after:.4f} with {queries} queries", flush=True)
+        end = pl.Trainer(**quiet).validate(tuned, texts, verbose=False)[0]["val/loss"]
+        RESULTS.append({**key, "queries": queries, "objective": f"{end:.4f}", "slope": "nan",
+                        "extra": f"{tuned.curve[0][1]:.4f}", "seconds": f"{time.perf_counter() - began:.1f}",
+                        "curve": ";".join(f"{q}:{f:.5g}:nan" for q, f in tuned.curve), "versions": versions()})  # fmt: skip
+        print(f"finetune {name} {rate:g} seed {seed}: {end:.4f} with {queries} queries", flush=True)
+
+    for rate, method in itertools.product(FINETUNE_RATES, METHOD_NAMES):
+        fine_tune(method, rate, SEEDS[0])
+    for seed, (method, name) in itertools.product(SEEDS[1:], METHOD_NAMES.items()):
+        for rate in best_rates("finetune", name, "Gaussian")[:2]:
+            fine_tune(method, rate, seed)
 
 
 # ---- speed and memory ------------------------------------------------------------------------------------------------
@@ -546,7 +586,7 @@ def draw(folder: Path) -> None:
         shown = [e for e in study.chosen if all(mine(name, m, e) for m in METHODS)]
         if not shown:
             continue
-        kinds = 1 if name == "attack" else 2
+        kinds = 1 if name.startswith("attack") else 2
         figure = Figure(figsize=(4.6 * kinds, 3.6 * len(shown)), layout="constrained", dpi=130)
         axes = figure.subplots(len(shown), kinds, squeeze=False)
         for row, estimator in enumerate(shown):
@@ -568,6 +608,22 @@ def draw(folder: Path) -> None:
             axis.grid(True, color="#dddddd", linewidth=0.6)
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(folder / f"zeroth_order_{name}.png")
+
+
+def draw_digits(path: Path, folder: str) -> None:
+    """Write the perturbations that the best rates end at (first seed), and digits that they move."""
+    from recipes.black_box.attack import draw_attacks
+
+    images, _, net = victim_and_images(folder, 8)
+    found = {"untouched": torch.zeros(1, 28, 28)}
+    for name, note in (("attack", ""), ("attack_blocks", ", squares")):
+        problem = make_problem(name, folder)
+        for method in METHODS:
+            rate = best_rate(name, method, "Gaussian")
+            budget, estimator = STUDIES[name].budgets["Gaussian"], STUDIES[name].chosen["Gaussian"]
+            *_, (x, _) = walk(problem, method, estimator, budget, rate, SEEDS[0])
+            found[method.removeprefix("ZO-") + note] = x
+    draw_attacks(path, found, images, net)
 
 
 def main() -> int:
@@ -594,10 +650,12 @@ def main() -> int:
             finetune(options.data, options.pretrain, until)
         else:
             measure(options.study, options.data, until)
-            if options.study == "attack":
-                zoo(options.data, images=2)
+            if options.study == "attack_ten":
+                zoo(options.data, images=SAMPLES["attack_ten"])
     if options.draw:
         draw(options.draw)
+        if options.data is not None:
+            draw_digits(options.draw / "zeroth_order_digits.png", options.data)
     if options.table:
         print("\n\n".join(table(name) for name in STUDIES if any(r["study"] == name for r in RESULTS.rows())))
     return 0

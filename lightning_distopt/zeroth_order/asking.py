@@ -153,7 +153,8 @@ class Ask(ABC):
         self.count.mine += samples
         if not isinstance(answer, Tensor):
             try:
-                answer = torch.as_tensor(answer)  # of a function that knows nothing of torch
+                # Of a function that knows nothing of torch; a list of Python's numbers has their 64 bits.
+                answer = torch.as_tensor(answer, dtype=None if hasattr(answer, "dtype") else torch.float64)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"A query must return a tensor of {b} losses: got {type(answer).__name__}. Return for example "

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_distopt.compressors.randomness import derive_key
 from lightning_distopt.errors import BudgetError, NonDeterministicError
 from lightning_distopt.optimizers.proximal import Proximal, Zero
+from lightning_distopt.zeroth_order.arguments import check_parameters, checked_count, root
 from lightning_distopt.zeroth_order.asking import Ask, Layout, QueryCount
 from lightning_distopt.zeroth_order.closure import ClosureAsk
 from lightning_distopt.zeroth_order.directions import pieces
@@ -58,11 +59,11 @@ class ZeroOrderOptimizer(Optimizer):
         module: nn.Module | None = None,
     ) -> None:
         name = type(self).__name__
-        self.n_samples = _count("n_samples", n_samples)
+        self.n_samples = checked_count("n_samples", n_samples)
         if lr is not None and not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
             raise ValueError(f"`lr` must be above 0, or None to estimate it: got {lr!r}. Write `lr=0.01`.")
-        self.batch_size = _count("batch_size", _root(n_samples, 2) if batch_size is None else batch_size)
-        self.inner_steps = _count("inner_steps", _root(n_samples, 1) if inner_steps is None else inner_steps)
+        self.batch_size = checked_count("batch_size", root(n_samples, 2) if batch_size is None else batch_size)
+        self.inner_steps = checked_count("inner_steps", root(n_samples, 1) if inner_steps is None else inner_steps)
         if self.batch_size > self.n_samples:
             raise ValueError(
                 f"`batch_size` must be at most `n_samples`: got {self.batch_size} of {self.n_samples} samples. Lower it."
@@ -73,10 +74,10 @@ class ZeroOrderOptimizer(Optimizer):
         self.proximal = Zero() if proximal is None else proximal
         if not isinstance(self.proximal, Proximal):
             raise TypeError(f"`proximal` must be a Proximal such as L1(1e-4): got {proximal!r}.")
-        self.max_queries = None if max_queries is None else _count("max_queries", max_queries)
+        self.max_queries = None if max_queries is None else checked_count("max_queries", max_queries)
         self.smoothing, self.seed = smoothing, int(seed)
         self.replacement = replacement
-        self.chunk_bytes = _count("chunk_bytes", chunk_bytes)
+        self.chunk_bytes = checked_count("chunk_bytes", chunk_bytes)
         self.retry = retry or RetryPolicy()
         #: The processes among which queries are divided; strategies set it. ``None``: this one alone.
         self.team: Gather | None = None
@@ -87,7 +88,7 @@ class ZeroOrderOptimizer(Optimizer):
         super().__init__(params, {"lr": lr})
         self.layout = Layout([p for group in self.param_groups for p in group["params"]])
         self._layers = None if module is None else LayerwiseMove(module, self.layout)
-        _check_parameters(self.layout, name)
+        check_parameters(self.layout, name)
         self._check_operators()
         self._check_smoothing()
         self._check_budget()
@@ -403,33 +404,3 @@ class ZeroOrderOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps three attributes only
         return dict(self.__dict__)
-
-
-def _root(n_samples: int, twice: int) -> int:
-    """Return ``floor(n ** (twice / 3))`` without the rounding of floating point."""
-    guess = round(n_samples ** (twice / 3))
-    return int(guess - 1 if guess**3 > n_samples**twice else guess)
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer >= 1: got {value!r}. Write for example `{name}=1`.")
-    return value
-
-
-def _check_parameters(layout: Layout, name: str) -> None:
-    for parameter in layout.params:
-        if not parameter.is_floating_point():
-            raise TypeError(
-                f"`{name}` moves floating-point parameters: got {parameter.dtype}. Leave that parameter out."
-            )
-        if not parameter.is_contiguous():
-            raise ValueError(
-                f"`{name}` needs contiguous parameters: got strides {parameter.stride()} for shape {tuple(parameter.shape)}. "
-                "Assign `parameter.data = parameter.data.contiguous()` first."
-            )
-        if parameter.dtype != layout.dtype or parameter.device != layout.device:
-            raise ValueError(
-                f"`{name}` needs parameters of one type on one device: got {layout.dtype} on {layout.device} and "
-                f"{parameter.dtype} on {parameter.device}. Convert them, or use one optimizer for each."
-            )

@@ -158,6 +158,8 @@ class BlackBoxModule(LightningModule):
         except BudgetError:
             if optimizer.steps == 0:
                 raise
+            if optimizer.steps % self.evaluate_every:
+                self._evaluate(optimizer)  # of the last iterate, which may be the best
             self.trainer.should_stop = True
             return
         if optimizer.steps % self.evaluate_every == 0 or self.trainer.is_last_batch:

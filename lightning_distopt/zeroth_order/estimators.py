@@ -182,6 +182,13 @@ class CoordinateEstimator(Estimator):
         moved = torch.stack([x + step, x - step]) if self.central else (x + step)[None]
         low = moved[1] if self.central else x
         width = (moved[0].double() - low.double())[:, None]
+        if not bool((width > 0).all()):
+            entry = int((width[:, 0] <= 0).nonzero()[0])
+            raise ValueError(
+                f"`smoothing` must move every parameter: {float(step[entry])!r} is lost to rounding beside entry {first + entry} "
+                f"of {float(x[entry])!r} in {x.dtype}. Leave it out, which scales it with the parameter, raise it, or use "
+                "float64. Nothing has moved."
+            )
         values = ask.coordinates(indices, first, last, moved)
         ask.compare(values[0], values[1] if base is None else base[part].expand(last - first, -1))
         if base is None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_distopt.zeroth_order.arguments import SharedArguments
 from lightning_distopt.zeroth_order.asking import Ask
 from lightning_distopt.zeroth_order.base import ZeroOrderOptimizer
 from lightning_distopt.zeroth_order.directions import pieces
@@ -38,7 +40,12 @@ class ZOProxSAGA(ZeroOrderOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float | None = None, *, max_table_bytes: int = 1 << 30, **arguments: Any
+        self,
+        params: Any,
+        lr: float | None = None,
+        *,
+        max_table_bytes: int = 1 << 30,
+        **arguments: Unpack[SharedArguments],
     ) -> None:
         self.max_table_bytes = max_table_bytes
         self._change: Estimate | None = None

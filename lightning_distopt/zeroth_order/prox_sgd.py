@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_distopt.zeroth_order.arguments import SharedArguments
 from lightning_distopt.zeroth_order.asking import Ask
 from lightning_distopt.zeroth_order.base import ZeroOrderOptimizer
 from lightning_distopt.zeroth_order.estimates import Estimate
@@ -58,7 +60,12 @@ class ZOProxSGD(ZeroOrderOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float | None = None, *, schedule: Literal["sqrt", "constant"] = "sqrt", **arguments: Any
+        self,
+        params: Any,
+        lr: float | None = None,
+        *,
+        schedule: Literal["sqrt", "constant"] = "sqrt",
+        **arguments: Unpack[SharedArguments],
     ) -> None:
         if schedule not in get_args(Literal["sqrt", "constant"]):
             raise ValueError(f"`schedule` must be 'sqrt' or 'constant': got {schedule!r}. Choose one of these.")

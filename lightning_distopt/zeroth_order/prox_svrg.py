@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_distopt.compressors.randomness import derive_key
+from lightning_distopt.zeroth_order.arguments import SharedArguments
 from lightning_distopt.zeroth_order.asking import Ask
 from lightning_distopt.zeroth_order.base import ZeroOrderOptimizer
 from lightning_distopt.zeroth_order.directions import pieces
@@ -48,7 +50,7 @@ class ZOProxSVRG(ZeroOrderOptimizer):
         *,
         anchor_batch: int | None = None,
         shared_directions: bool = True,
-        **arguments: Any,
+        **arguments: Unpack[SharedArguments],
     ) -> None:
         self.anchor_batch, self.shared_directions = anchor_batch, shared_directions
         n_samples = arguments.get("n_samples", 0)

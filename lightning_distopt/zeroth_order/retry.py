@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning_distopt.errors import QueryError
 
@@ -14,7 +14,7 @@ __all__ = ["RetryPolicy"]
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Ask again after an ``OSError`` (which connection errors and time-outs are), then give up with a ``QueryError``.
+    """Ask again after a failure (an ``OSError``, as connection errors and time-outs are), then give up with a ``QueryError``.
 
     Only an answered query counts. A query that was given up leaves parameters and state as they were before the step,
     which may then be repeated.
@@ -23,13 +23,14 @@ class RetryPolicy:
         attempts: how often a query is asked at most, at least 1.
         wait: seconds before the second attempt, at least 0.
         factor: by which the pause grows from attempt to attempt, at least 1.
+        errors: exceptions that are failures of a query; all others pass through at once. Name those of your client here, for
+            example ``(OSError, httpx.HTTPError)``.
     """
 
     attempts: int = 1
     wait: float = 1.0
     factor: float = 2.0
-
-    errors: ClassVar[tuple[type[Exception], ...]] = (OSError,)
+    errors: tuple[type[Exception], ...] = (OSError,)
 
     def __post_init__(self) -> None:
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:

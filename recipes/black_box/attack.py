@@ -20,6 +20,41 @@ def attacked(images: Tensor, x: Tensor) -> Tensor:
     return 0.5 * torch.tanh(torch.atanh((2 * images).clamp(-1 + _EDGE, 1 - _EDGE)) + x)
 
 
+def squares(side: int) -> Tensor:
+    """Return the number of the square of ``side`` x ``side`` pixels that each pixel of an image belongs to, shape (784,)."""
+    places = torch.arange(28) // side
+    return (places[:, None] * (28 // side) + places).flatten()
+
+
+@torch.no_grad()
+def draw_attacks(path: Path, perturbations: dict[str, Tensor], images: Tensor, net: nn.Module) -> None:
+    """Write a row for each perturbation: itself, and the images that it moved, with what ``net`` reads in them.
+
+    Args:
+        path: of the picture; its folder is made.
+        perturbations: by label, each of shape (1, 28, 28).
+        images: shape (n, 1, 28, 28), in [-1/2, 1/2].
+        net: ``net(images) -> logits``.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = len(perturbations), len(images) + 1
+    figure = Figure(figsize=(1.2 * columns, 1.45 * rows), layout="constrained", dpi=150)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row, (label, x) in zip(axes, perturbations.items(), strict=True):
+        limit = float(x.abs().max()) or 1.0
+        row[0].imshow(x[0].cpu().numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
+        row[0].set_title(label, fontsize=8)
+        moved = attacked(images, x)
+        for axis, image, read in zip(row[1:], moved.cpu(), net(moved).argmax(1).tolist(), strict=True):
+            axis.imshow(image[0].numpy(), cmap="gray", vmin=-0.5, vmax=0.5)
+            axis.set_title(f"read as {read}", fontsize=8)
+    for axis in axes.flat:
+        axis.axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 class UniversalAttack(BlackBoxModule):
     """``f_i(x) = max(F_y(a_i') - max_{j != y} F_j(a_i'), 0) + c |a_i' - a_i|^2``, F the logits, a' the attacked image.
 
@@ -63,8 +98,7 @@ class UniversalAttack(BlackBoxModule):
             raise ValueError(f"`blocks` must be a divisor of 28: got {blocks}. Use 2, 4, 7 or 14.")
         proximal: Proximal = ElasticNet(lam1, 2 * lam2)
         if blocks is not None:
-            places = torch.arange(28) // blocks
-            proximal = GroupLasso(lam1, (places[:, None] * (28 // blocks) + places).flatten())
+            proximal = GroupLasso(lam1, squares(blocks))
         super().__init__(
             method, lr, estimator=estimator, proximal=proximal, max_queries=max_queries, seed=seed, functional=True,
             evaluate_every=evaluate_every, evaluation_samples=None, options=options,
@@ -108,28 +142,10 @@ class UniversalAttack(BlackBoxModule):
                 if isinstance(logger, WandbLogger):
                     logger.log_image("attack", [self.picture])
 
-    @torch.no_grad()
     def draw(self, path: Path, count: int = 8) -> None:
         """Write the perturbation, some digits, and the same digits attacked, with what the classifier reads."""
-        from matplotlib.figure import Figure
-
-        images, _ = self._everything()
-        images = images[:count].cpu()
-        moved = attacked(images, self.x.cpu())
-        figure = Figure(figsize=(1.2 * (len(images) + 1), 2.9), layout="constrained", dpi=150)
-        axes = figure.subplots(2, len(images) + 1, squeeze=False)
-        limit = float(self.x.abs().max()) or 1.0
-        axes[0, 0].imshow(self.x[0].cpu().numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-        axes[0, 0].set_title("perturbation", fontsize=8)
-        for row, shown in enumerate((images, moved)):
-            read = self.victim.net(shown.to(self.device)).argmax(1).tolist()
-            for column, image in enumerate(shown):
-                axes[row, column + 1].imshow(image[0].numpy(), cmap="gray", vmin=-0.5, vmax=0.5)
-                axes[row, column + 1].set_title(f"read as {read[column]}", fontsize=8)
-        for axis in axes.flat:
-            axis.axis("off")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        images = self._everything()[0][:count]
+        draw_attacks(path, {"untouched": torch.zeros_like(self.x), "attacked": self.x}, images, self.victim.net)
 
     def _everything(self) -> Any:
         assert self._samples is not None

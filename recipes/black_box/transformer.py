@@ -93,6 +93,18 @@ class TransformerLM(LightningModule):
         return self.optimizer(self.parameters())
 
 
+def trained(path: str) -> Transformer:
+    """Return the model of a checkpoint of ``TransformerLM``.
+
+    Read by hand: ``load_from_checkpoint`` inside of another module's ``__init__`` takes that one's arguments for its own
+    when LightningCLI builds it.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model = Transformer(**checkpoint["hyper_parameters"])
+    model.load_state_dict({name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()})
+    return model
+
+
 class FineTuning(BlackBoxModule):
     """Fine-tunes a trained model on another text, one random direction for a whole batch, layer by layer.
 
@@ -131,8 +143,7 @@ class FineTuning(BlackBoxModule):
             method, lr, batch_size, estimator=estimator, smoothing=smoothing, proximal=proximal, max_queries=max_queries,
             seed=seed, evaluate_every=evaluate_every, options=options,
         )  # fmt: skip
-        trained = TransformerLM() if start is None else TransformerLM.load_from_checkpoint(start, map_location="cpu")
-        self.model = trained.model
+        self.model = Transformer() if start is None else trained(start)
         if train == "norms":
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(parameter.dim() == 1 or name == "place")

@@ -238,3 +238,35 @@ def test_a_flat_start_needs_a_rate() -> None:
 def test_a_state_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="zeroth-order"):
         ZOProxSGD([x()], n_samples=8).load_state_dict(torch.optim.SGD([x()], lr=0.1).state_dict())
+
+
+def test_a_smoothing_that_rounding_swallows_beside_one_large_entry_is_refused_before_anything_moves() -> None:
+    x = torch.nn.Parameter(torch.tensor([1e5] + [0.0] * 99))
+    optimizer = ZOProxSGD([x], n_samples=30, lr=0.1, smoothing=2e-3)
+    with pytest.raises(ValueError, match=r"must move every parameter: 0\.002.* beside entry 0 of 100000\.0"):
+        optimizer.step(lambda indices: x.sum().expand(len(indices)).double())
+    assert x.tolist() == [1e5] + [0.0] * 99
+
+
+def test_numbers_of_python_keep_their_64_bits() -> None:
+    x = torch.nn.Parameter(torch.tensor([0.3], dtype=torch.float64))
+    optimizer = ZOProxSGD(
+        [x], n_samples=2, lr=1.0, batch_size=2, smoothing=1e-6, replacement=False, schedule="constant"
+    )
+    optimizer.step(lambda indices: [float(x.detach()) ** 2 for _ in indices])
+    assert abs(float(x.detach()) - (0.3 - 0.6)) < 1e-8
+
+
+def test_failures_of_another_client_may_be_named() -> None:
+    asked = []
+
+    def sometimes(indices: Tensor) -> Tensor:
+        asked.append(len(indices))
+        if len(asked) == 3:
+            raise KeyError("busy")
+        return torch.zeros(len(indices), dtype=torch.float64) + float(x.detach().sum())
+
+    x = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    policy = RetryPolicy(attempts=2, wait=0.0, errors=(OSError, KeyError))
+    ZOProxSGD([x], n_samples=4, lr=0.1, retry=policy).step(sometimes)
+    assert len(asked) > 3

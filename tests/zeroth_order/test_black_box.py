@@ -219,3 +219,13 @@ def test_query_must_be_written() -> None:
     module.x = nn.Parameter(torch.zeros(2))
     with pytest.raises(NotImplementedError, match=r"`Empty.query`"):
         fit(module)
+
+
+def test_the_last_iterate_of_a_spent_budget_is_evaluated_too() -> None:
+    c = 2 * sum(p.numel() for p in Regression().parameters())
+    module = Regression(method="sgd", functional=True, lr=0.5, evaluate_every=4, max_queries=7 * 8 * c)
+    ran = fit(module, 50)
+    assert ran.optimizers[0].steps == 7
+    last = float(_objective(module)) + ran.optimizers[0].penalty()  # type: ignore[attr-defined]
+    assert ran.callback_metrics["objective"] == pytest.approx(last, abs=1e-9)
+    assert module.best_objective == ran.callback_metrics["best_objective"] <= ran.callback_metrics["objective"]

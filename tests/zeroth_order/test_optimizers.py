@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lightning_distopt.zeroth_order import (
     ZOProxSGD,
     ZOProxSVRG,
 )
+from lightning_distopt.zeroth_order.arguments import SharedArguments
 from tests.zeroth_order.problems import FORMS, Problem, sigmoid_problem
 
 METHODS = [ZOProxSGD, ZOProxSVRG, ZOProxSAGA]
@@ -316,3 +318,8 @@ def test_best_steps_of_the_methods_are_in_the_specified_order(form: str) -> None
         final[name] = float(torch.sigmoid(-y * (a @ x)).mean() + 1e-3 * x.abs().sum())
     assert final["SAGA"] < final["SVRG"] < 0.5
     assert final["SAGA"] < final["SGD"] < 0.5
+
+
+def test_the_shared_arguments_are_those_of_the_constructor() -> None:
+    own = inspect.signature(ZeroOrderOptimizer).parameters
+    assert set(SharedArguments.__annotations__) == set(own) - {"params", "lr"}

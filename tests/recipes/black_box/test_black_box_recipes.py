@@ -157,3 +157,13 @@ def test_a_recipe_runs_from_the_command_line(tmp_path: Path, monkeypatch: pytest
 def test_blocks_must_divide_the_image() -> None:
     with pytest.raises(ValueError, match="`blocks`"):
         UniversalAttack("nowhere", blocks=5)
+
+
+def test_fine_tuning_starts_by_its_config_from_what_pre_training_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("to be, or not to be, that is the question. " * 200)
+    few = ["--data.init_args.path=text.txt", "--trainer.logger=false", "--trainer.max_steps=2"]
+    assert main(["fit", f"--config={CONFIGS / 'pretrain.yaml'}", *few]) == 0
+    assert main(["fit", f"--config={CONFIGS / 'finetune.yaml'}", *few]) == 0
