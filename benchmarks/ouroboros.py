@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.hosts import HostsError, bits_per_second, counters, enter, network
 from benchmarks.language import MODELS, Model, Size, blocks_of, build, parameters_of
 from benchmarks.pipeline import Alone, Flush, Method, Sleeping, Stale, timed
-from benchmarks.results_file import ResultsFile, load, machine, versions
+from benchmarks.results_file import ResultsFile
 from lightning_distopt.model_parallel import StalenessPlan
 from lightning_distopt.model_parallel.ends import Head, authors_split, balance_ends
 from lightning_distopt.model_parallel.partition import balance
@@ -272,11 +272,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/ouroboros.csv"))
     given = parser.parse_args(args)
     file = ResultsFile(given.results, COLUMNS, ("part", "model", "method", "setting"))
-
-    def write(**row: Any) -> None:
-        filled = {column: row.get(column, "") for column in COLUMNS}
-        filled |= {"machine": machine(), "versions_of": versions(), "load": load()}
-        file.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in filled.items()})
+    write = file.record
 
     size, rows, rounds, batches = (Size(256, 8, 256, 128), 16, 7, 6)
     if given.quick:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.results_file import ResultsFile, load, machine, versions
+from benchmarks.results_file import ResultsFile
 from lightning_distopt.exchange import Meter
 from lightning_distopt.model_parallel import StalenessPlan
 from lightning_distopt.model_parallel.block import Block
@@ -437,11 +437,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/pipeline.csv"))
     given = parser.parse_args(args)
     file = ResultsFile(given.results, COLUMNS, ("part", "model", "method", "setting"))
-
-    def write(**row: Any) -> None:
-        filled = {column: row.get(column, "") for column in COLUMNS}
-        filled |= {"machine": machine(), "versions_of": versions(), "load": load()}
-        file.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in filled.items()})
+    write = file.record
 
     for part in given.parts:
         PARTS[part](write, given.quick)

@@ -50,6 +50,12 @@ class ResultsFile:
                 writer.writeheader()
             writer.writerow(row)
 
+    def record(self, **row: object) -> None:
+        """Add a run with what it depends on: machine, versions and load; empty where nothing is said, short numbers."""
+        filled = {column: row.get(column, "") for column in self.columns}
+        filled |= {"machine": machine(), "versions_of": versions(), "load": load()}
+        self.append({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in filled.items()})
+
     def _key(self, row: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(row[column] for column in self.key)
 

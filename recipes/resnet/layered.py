@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_distopt import LayeredModule
 from recipes.resnet.models import CIFAR_BLOCKS, DEFAULT_WIDTH, CifarResNet
+from recipes.scheduled import scheduled
 
 CifarName = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 
@@ -75,10 +76,4 @@ class LayeredClassifier(LayeredModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over all parameters; a pipeline keeps each device's own."""
-        optimizer = self.optimizer(self.parameters())
-        if self.scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval},
-        }
+        return scheduled(self.optimizer(self.parameters()), self.scheduler, self.scheduler_interval)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_distopt import LayeredModule
 from lightning_distopt.strategies.checks import count, fraction
+from recipes.scheduled import scheduled
 from recipes.transformer_xl.context import Context
 from recipes.transformer_xl.data import TokenData
 from recipes.transformer_xl.embedding import TokenEmbedding
@@ -140,13 +141,7 @@ class TransformerXL(LayeredModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over all parameters; a pipeline keeps each device's own."""
-        optimizer = self.optimizer(self.parameters())
-        if self.scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": self.scheduler_interval},
-        }
+        return scheduled(self.optimizer(self.parameters()), self.scheduler, self.scheduler_interval)
 
     # ---- checks, before any step ------------------------------------------------------------------------------------
 
