@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.hosts import HostsError, bits_per_second, counters, enter, network
 from benchmarks.language import MODELS, Model, Size, blocks_of, build, parameters_of
-from benchmarks.pipeline import Alone, Flush, Method, Sleeping, Stale, timed
+from benchmarks.pipeline_runners import Alone, Flush, Method, Sleeping, Stale, timed
 from benchmarks.results_file import ResultsFile
 from lightning_distopt.model_parallel import StalenessPlan
 from lightning_distopt.model_parallel.ends import Head, authors_split, balance_ends

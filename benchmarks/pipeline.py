@@ -4,10 +4,12 @@ python -m benchmarks.pipeline                     everything: about 12 minutes o
 python -m benchmarks.pipeline --quick             small numbers, to see that it works
 python -m benchmarks.pipeline --parts latency     one part: speed, latency, straggler, overhead
 
-speed      a chain of equal blocks, and ResNet-56: samples a second of every method, beside the ceiling that the plan allows
+speed      a chain of equal blocks, and ResNet-56: samples a second of every method, beside the ceiling that the plan allows;
+           "both at once" trains a whole model on each process without a word between them: what two busy cores of this
+           machine, which share its memory, can do at all
 latency    stages that sleep instead of compute, messages that come later: what is hidden
 straggler  one stage sleeps three times as long in a tenth of the ticks: what its mean speed allows, and what is reached
-overhead   empty layers: milliseconds of a tick below the Trainer
+overhead   empty layers: milliseconds of a tick below the Trainer, and of the bare messages of a tick without the machinery
 
 Rounds of all methods follow each other, so that a disturbance meets all of them; the medians over rounds are reported.
 Results go to ``benchmarks/results/pipeline.csv``.
@@ -17,28 +19,21 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import pipelining
-from torch.utils.checkpoint import checkpoint
 
+from benchmarks.pipeline_runners import Alone, Bare, Flush, Method, Sleeping, Stale, delay_messages, timed
 from benchmarks.results_file import ResultsFile
-from lightning_distopt.exchange import Meter
 from lightning_distopt.model_parallel import StalenessPlan
-from lightning_distopt.model_parallel.block import Block
-from lightning_distopt.model_parallel.connect import connect, settle
 from lightning_distopt.model_parallel.partition import balance, measure
-from lightning_distopt.model_parallel.stage import Stage
 from lightning_distopt.model_parallel.timeline import ceiling, flush_ceiling
-from lightning_distopt.model_parallel.worker import Worker, deposit
 from recipes.resnet.models import CifarResNet
 from tests.ranks import run_ranks
 
@@ -48,21 +43,10 @@ COLUMNS = (
     "part", "model", "method", "setting", "ms_a_batch", "speedup_over_naive", "ceiling", "share_of_ceiling",
     "inputs", "versions", "rounds", "machine", "versions_of", "load",
 )  # fmt: skip
-CPU = torch.device("cpu")
-
-
-class Method(NamedTuple):
-    """One way to train: a plan's name, or a schedule of torch with micro-batches."""
-
-    name: str
-    plan: str = ""
-    schedule: str = ""
-    pieces: int = 0
-    again: bool = False  # activation checkpointing
-
 
 METHODS = [
     Method("alone"),
+    Method("both at once", both=True),
     Method("naive", "naive"),
     *(Method(f"gpipe M={m}", schedule="gpipe", pieces=m) for m in (4, 8)),
     *(Method(f"1f1b M={m}", schedule="1f1b", pieces=m) for m in (4, 8)),
@@ -112,171 +96,6 @@ def resnet(blocks: int) -> list[nn.Module]:
     return [nn.Sequential(whole.stem, whole.norm, nn.ReLU()), *whole.blocks, Head(whole.head)]
 
 
-class Sleeping(nn.Module):
-    """Passes its input on, and sleeps in forward and in backward; a parameter makes it trainable.
-
-    Args:
-        forward: seconds.
-        backward: seconds.
-        slow: share of the runs, drawn at random, that take three times as long.
-    """
-
-    def __init__(self, forward: float, backward: float, slow: float = 0.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-        self.seconds, self.slow, self.draw = (forward, backward), slow, random.Random(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        factor = 3.0 if self.slow and self.draw.random() < self.slow else 1.0
-        return _Sleep.apply(x * self.weight, self.seconds[0] * factor, self.seconds[1] * factor)  # type: ignore[no-any-return]
-
-
-class _Sleep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: float, backward: float) -> Tensor:
-        ctx.seconds = backward
-        time.sleep(forward)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        time.sleep(ctx.seconds)
-        return gradient, None, None
-
-
-# ---- runners: construct once, then run(n) batches in steady state --------------------------------------------------
-
-
-class Stale:
-    """Our engine on this rank, with the stages that the plan gives it; filled at first, never drained between rounds."""
-
-    def __init__(
-        self, rank: int, plan: StalenessPlan, blocks: Sequence[Sequence[nn.Module]], loss: Callable[..., Tensor],
-        batch: tuple[Tensor, Tensor], tag: int, latency: float = 0.0,
-    ) -> None:  # fmt: skip
-        last = plan.stages - 1
-        stages = {
-            k: Stage(
-                k,
-                plan,
-                Block(
-                    {f"{k}_{i}": layer for i, layer in enumerate(blocks[k])},
-                    loss if k == last and isinstance(loss, nn.Module) else None,
-                ),
-                (lambda y, t: (loss(y, t), {})) if k == last else None,
-            )
-            for k in range(plan.stages)
-            if plan.placement[k] == rank
-        }
-        self.stage = next(iter(stages.values()))
-        hops = connect(plan, plan.placement, rank, Meter(), 120.0, CPU, latency=latency, first_tag=tag)
-        self.worker = Worker(plan, stages, hops)
-        self.optimizer = _sgd(*(stage.block for stage in stages.values()))
-        self.batch = batch if rank == 0 else None
-        self.run(plan.ticks(1))
-
-    def run(self, batches: int) -> None:
-        for _ in range(batches):
-            updates = self.worker.run_tick(self.batch).updates
-            if updates is not None:
-                deposit(updates)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.worker.updated()
-            if self.worker.plan.timetable == "barrier" and max(self.worker.plan.staleness):
-                dist.barrier()
-
-    def close(self) -> None:
-        for _ in range(self.worker.drain_ticks()):
-            if self.worker.run_tick().updates is not None:
-                self.worker.updated()
-        settle(self.worker.hops)
-
-
-class Flush:
-    """A schedule of torch on this rank; what the first and the last rank share is kept equal by the sum of its gradients."""
-
-    def __init__(
-        self, rank: int, method: Method, blocks: Sequence[Sequence[nn.Module]], loss: Callable[..., Tensor],
-        batch: tuple[Tensor, Tensor], shared: Sequence[nn.Parameter] = (),
-    ) -> None:  # fmt: skip
-        last = rank == len(blocks) - 1
-        self.shared = shared if rank == 0 or last else ()
-        module = nn.Sequential(*blocks[rank])
-        stage = pipelining.PipelineStage(_Again(module) if method.again else module, rank, len(blocks), CPU)
-        kind = {"gpipe": pipelining.ScheduleGPipe, "1f1b": pipelining.Schedule1F1B}[method.schedule]
-        self.schedule = kind(stage, method.pieces, loss_fn=loss)
-        self.optimizer = _sgd(module, *((loss,) if last and isinstance(loss, nn.Module) else ()))
-        self.inputs = (batch[0],) if rank == 0 else ()
-        self.options = {"target": batch[1], "losses": []} if last else {}
-        self.run(1)
-
-    def run(self, batches: int) -> None:
-        for _ in range(batches):
-            if "losses" in self.options:
-                self.options["losses"] = []
-            self.schedule.step(*self.inputs, **self.options)
-            for parameter in self.shared:
-                dist.all_reduce(parameter.grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def close(self) -> None:
-        pass
-
-
-class _Again(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-class Alone:
-    """The whole model on rank 0, as anybody would train it; the other rank does nothing."""
-
-    def __init__(
-        self,
-        rank: int,
-        blocks: Sequence[Sequence[nn.Module]],
-        loss: Callable[..., Tensor],
-        batch: tuple[Tensor, Tensor],
-    ) -> None:
-        self.model = nn.Sequential(*(layer for block in blocks for layer in block)) if rank == 0 else None
-        self.loss, self.batch = loss, batch
-        parts = (self.model, *((loss,) if isinstance(loss, nn.Module) else ())) if self.model else ()
-        self.optimizer = _sgd(*parts) if self.model else None
-        self.run(1)
-
-    def run(self, batches: int) -> None:
-        if self.model is None or self.optimizer is None:
-            return
-        for _ in range(batches):
-            self.loss(self.model(self.batch[0]), self.batch[1]).backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-    def close(self) -> None:
-        pass
-
-
-def _sgd(*modules: nn.Module) -> torch.optim.Optimizer:
-    parameters = dict.fromkeys(p for module in modules for p in module.parameters())
-    return torch.optim.SGD(list(parameters), lr=1e-4, momentum=0.9)
-
-
-def timed(runner: Any, batches: int) -> float:
-    """Return seconds a batch: from a common start until the last rank has done its part."""
-    dist.barrier()
-    start = time.perf_counter()
-    runner.run(batches)
-    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds) / batches
-
-
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +124,7 @@ def _speed(rank: int, world: int, model: str, quick: bool, rounds: int, batches:
         elif method.schedule:
             runners[method.name] = Flush(rank, method, blocks, loss, batch)
         else:
-            runners[method.name] = Alone(rank, blocks, loss, batch)
+            runners[method.name] = Alone(rank, blocks, loss, batch, method.both)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, runner in runners.items():
@@ -332,6 +151,22 @@ def _sleeping(
     return seconds
 
 
+def _sleeping_flush(
+    rank: int, world: int, pieces: int, stage_ms: float, latency_ms: float, stamps: str, batches: int
+) -> float:
+    """1F1B of the same model, which runs no layer twice: 7/4 of a stage's time are left for two stages."""
+    part = stage_ms * 1e-3 * 7 / 8 / 3 / pieces
+    layer = Sleeping(part, 2 * part)
+    x = torch.zeros(4 * pieces, 4)
+    blocks: list[list[nn.Module]] = [[layer] if k == rank else [] for k in range(world)]
+    shared = torch.from_file(stamps, shared=True, size=2 * 4096, dtype=torch.int64).view(2, 4096)
+    delay_messages(rank, latency_ms * 1e-3, shared)
+    runner = Flush(rank, Method("1f1b", schedule="1f1b", pieces=pieces), blocks, nn.functional.mse_loss, (x, x))
+    seconds = timed(runner, batches)
+    runner.close()
+    return seconds
+
+
 def _overhead(rank: int, world: int, batches: int) -> float:
     class Empty(nn.Module):
         def __init__(self) -> None:
@@ -350,13 +185,21 @@ def _overhead(rank: int, world: int, batches: int) -> float:
     return seconds
 
 
+def _bare(rank: int, world: int, batches: int) -> float:
+    runner = Bare(rank)
+    runner.run(50)
+    seconds = timed(runner, batches)
+    runner.close()
+    return seconds
+
+
 def limit_of(method: Method, stages: int = 2) -> float:
     """Return the greatest speed-up over naive model parallelism."""
     if method.plan:
         return ceiling(StalenessPlan.preset(method.plan, stages))
     if method.schedule:
         return flush_ceiling(stages, method.pieces) * (3 / 4 if method.again else 1)
-    return 1.0
+    return 2.0 if method.both else 1.0
 
 
 def speed(write: Callable[..., None], quick: bool) -> None:
@@ -381,24 +224,40 @@ def speed(write: Callable[..., None], quick: bool) -> None:
 
 
 def latency(write: Callable[..., None], quick: bool) -> None:
-    """Stages of 25 ms that sleep: what latency costs with which delays."""
+    """Stages of 25 ms that sleep: what latency costs with which delays, and when 1F1B falls behind."""
     batches, stage = (10, 5.0) if quick else (60, 25.0)
     plans = {
         "pipedream": StalenessPlan.preset("pipedream", 2, keep="input", backward_weights="current"),
         "dsp p=q=1": StalenessPlan.preset("dsp", 2),
         "dsp p=q=2": StalenessPlan.preset("dsp", 2, forward_delays=[2], gradient_delays=[2]),
     }
-    print(f"\nstages of {stage:g} ms: milliseconds a batch by latency of a hop")
-    for name, plan in plans.items():
-        found = {}
-        for late in (0.0, 1.0, 5.0, 10.0, 20.0):
-            found[late] = 1e3 * max(run_ranks(2, _sleeping, plan, stage, late, 0.0, batches, timeout=300.0))
-            write(
-                part="latency", model=f"sleeping {stage:g} ms", method=name, setting=f"{late:g} ms a hop",
-                ms_a_batch=found[late], share_of_ceiling=found[0.0] / found[late], rounds=1,
-            )  # fmt: skip
-        shown = "  ".join(f"{late:g} ms: {ms:.2f} ({100 * (ms / found[0.0] - 1):+.1f} %)" for late, ms in found.items())
-        print(f"  {name:<12}{shown}")
+    with tempfile.NamedTemporaryFile() as stamps:
+        stamps.truncate(2 * 4096 * 8)
+        runs: dict[str, Callable[[float], float]] = {
+            name: lambda late, plan=plan: max(
+                run_ranks(2, _sleeping, plan, stage, late, 0.0, batches, timeout=300.0)
+            )
+            for name, plan in plans.items()
+        }  # fmt: skip
+        for pieces in (4, 8):
+            runs[f"1f1b M={pieces}"] = lambda late, pieces=pieces: max(
+                run_ranks(2, _sleeping_flush, pieces, stage, late, stamps.name, batches, timeout=300.0)
+            )
+        print(
+            f"\nstages of {stage:g} ms (1f1b: the same work less the second forward): milliseconds a batch by latency of a hop"
+        )
+        for name, run in runs.items():
+            found = {}
+            for late in (0.0, 1.0, 2.0, 5.0, 10.0, 20.0):
+                found[late] = 1e3 * run(late)
+                write(
+                    part="latency", model=f"sleeping {stage:g} ms", method=name, setting=f"{late:g} ms a hop",
+                    ms_a_batch=found[late], share_of_ceiling=found[0.0] / found[late], rounds=1,
+                )  # fmt: skip
+            shown = "  ".join(
+                f"{late:g} ms: {ms:.2f} ({100 * (ms / found[0.0] - 1):+.1f} %)" for late, ms in found.items()
+            )
+            print(f"  {name:<12}{shown}")
 
 
 def straggler(write: Callable[..., None], quick: bool) -> None:
@@ -420,10 +279,16 @@ def straggler(write: Callable[..., None], quick: bool) -> None:
 
 
 def overhead(write: Callable[..., None], quick: bool) -> None:
-    """Empty layers."""
-    ms = 1e3 * max(run_ranks(2, _overhead, 50 if quick else 1000, timeout=120.0))
-    print(f"\nempty layers: {ms:.3f} ms a tick")
-    write(part="overhead", model="empty", method="dsp", setting="", ms_a_batch=ms, rounds=1)
+    """Empty layers, and messages without the machinery, in turn."""
+    rounds, batches = (1, 50) if quick else (5, 1000)
+    found: dict[str, list[float]] = {"dsp": [], "bare messages": []}
+    for _ in range(rounds):
+        for name, run in (("dsp", _overhead), ("bare messages", _bare)):
+            found[name].append(1e3 * max(run_ranks(2, run, batches, timeout=120.0)))
+    print()
+    for name, ms in found.items():
+        print(f"empty layers, {name}: {median(ms):.3f} ms a tick ({min(ms):.3f} to {max(ms):.3f})")
+        write(part="overhead", model="empty", method=name, setting="", ms_a_batch=median(ms), rounds=rounds)
 
 
 PARTS = {"speed": speed, "latency": latency, "straggler": straggler, "overhead": overhead}

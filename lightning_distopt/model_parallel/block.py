@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
+from typing_extensions import TypeIs
 
 from lightning_distopt.model_parallel.structure import map_tensors
 
-__all__ = ["Block", "StatefulLayer", "States", "as_block", "run_layers"]
+__all__ = ["Block", "StatefulLayer", "States", "as_block", "is_stateful", "run_layers"]
 
 States: TypeAlias = dict[str, Any]
 """The state of each stateful layer by name: nests of tensors without graph."""
@@ -27,6 +28,11 @@ class StatefulLayer(Protocol):
         """Return the state before the first batch, whose input is ``x``."""
 
 
+def is_stateful(layer: nn.Module) -> TypeIs[StatefulLayer]:
+    """Whether the layer is a :class:`StatefulLayer`; ``isinstance`` asks the same, slowly, and this is for every layer and batch."""
+    return hasattr(type(layer), "initial_state")
+
+
 def run_layers(layers: Mapping[str, nn.Module], x: Any, states: States) -> tuple[Any, States]:
     """Return what the layers make of ``x``, one after the other, and their new states.
 
@@ -34,7 +40,7 @@ def run_layers(layers: Mapping[str, nn.Module], x: Any, states: States) -> tuple
     """
     new: States = {}
     for name, layer in layers.items():
-        if isinstance(layer, StatefulLayer):
+        if is_stateful(layer):
             state = states[name] if name in states else layer.initial_state(x)
             x, after = layer(x, state)
             new[name] = map_tensors(Tensor.detach, after)

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_distopt.model_parallel.block import StatefulLayer, States, run_layers
+from lightning_distopt.model_parallel.block import States, is_stateful, run_layers
 
 __all__ = ["LayeredModule", "batch_size_of", "checked_layers", "loss_of", "stateful_names"]
 
@@ -166,4 +166,4 @@ def batch_size_of(x: Any) -> int:
 
 def stateful_names(layers: dict[str, nn.Module]) -> list[str]:
     """Return the names of the layers that have a state."""
-    return [name for name, layer in layers.items() if isinstance(layer, StatefulLayer)]
+    return [name for name, layer in layers.items() if is_stateful(layer)]
