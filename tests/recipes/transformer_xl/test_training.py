@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.multiprocessing import ProcessRaisedException
 
-from lightning_distopt import PipelineStrategy
+from lightning_distopt import OuroborosStrategy, PipelineStrategy
 from recipes.transformer_xl import Context, TransformerXL
 from tests.recipes.transformer_xl.models import Letters, small
 from tests.strategies.fits import compressed, distance, trainer
@@ -142,6 +143,24 @@ def test_a_synchronous_pipeline_learns_what_one_process_learns_ties_memories_and
 
 def test_dsp_trains_it() -> None:
     _, bits = fitted("dsp_fork", 2, **STAGES)
+    assert bits < 3.6
+
+
+RING = {"n_layer": 3, "cutoffs": [4, 8], "div_val": 2, "bias_groups": None}
+GENTLE = partial(torch.optim.SGD, lr=0.02)  # so that rounding stays rounding
+
+
+def test_ouroboros_without_delays_learns_what_one_process_learns_ties_memories_and_all() -> None:
+    alone, bits = fitted("auto", 1, gradient_clip_val=None, optimizer=GENTLE, **RING)
+    strategy = OuroborosStrategy(start_method="fork", timeout=60)
+    strategy._options["gradient_delays"] = [0, 0]
+    ring, same_bits = fitted(strategy, 2, gradient_clip_val=None, optimizer=GENTLE, **RING)
+    assert distance(alone.state_dict(), ring.state_dict()) < 1e-5
+    assert bits == pytest.approx(same_bits, rel=1e-5)
+
+
+def test_ouroboros_trains_it() -> None:
+    _, bits = fitted("ouroboros_fork", 2, **RING)
     assert bits < 3.6
 
 
