@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_distopt.errors import PipelineError
+from lightning_distopt.exchange import ask_around, roll_call
 from lightning_distopt.exchange.meter import Meter
 from lightning_distopt.model_parallel.structure import flatten, unflatten
 
@@ -163,8 +164,9 @@ class Sender(Channel):
             self._works.append((batch, works, [part for part, _ in parts]))  # type: ignore[arg-type]
             while len(self._works) > self._in_flight:
                 batch, oldest, _ = self._works[0]
-                for work in oldest:
-                    work.wait(timedelta(seconds=self._timeout))
+                with roll_call.during(f"send {self._end.purpose}", waiting=True):
+                    for work in oldest:
+                        work.wait(timedelta(seconds=self._timeout))
                 self._works.popleft()
         except RuntimeError as error:
             raise _failed("send", self._end, batch, self._timeout, error) from error
@@ -176,8 +178,9 @@ class Sender(Channel):
         """Wait until all messages have arrived (they have, when the run is drained)."""
         for batch, works, _ in self._works:
             try:
-                for work in works:
-                    work.wait(timedelta(seconds=self._timeout))
+                with roll_call.during(f"send {self._end.purpose}", waiting=True):
+                    for work in works:
+                        work.wait(timedelta(seconds=self._timeout))
             except RuntimeError as error:
                 raise _failed("send", self._end, batch, self._timeout, error) from error
         self._works.clear()
@@ -253,7 +256,8 @@ class Receiver(Channel):
 
     def _wait(self, work: dist.Work, batch: int) -> None:
         try:
-            work.wait(timedelta(seconds=self._timeout))
+            with roll_call.during(f"receive {self._end.purpose}", waiting=True):
+                work.wait(timedelta(seconds=self._timeout))
         except RuntimeError as error:
             raise _failed("receive", self._end, batch, self._timeout, error) from error
 
@@ -296,10 +300,14 @@ def _check_batch(found: int, expected: int, end: Endpoint) -> None:
 def _failed(doing: str, end: Endpoint, batch: int, timeout: float, error: RuntimeError) -> PipelineError:
     reason = " ".join(str(error).split()).split("] ")[-1].split(". ")[0]
     way = "to" if doing == "send" else "from"
+    rank = dist.get_rank()
+    culprits, advice = ask_around()
     return PipelineError(
-        f"Stage {end.stage} could not {doing} the {end.purpose} of batch {batch} {way} rank {end.peer} within {timeout:g} s: "
-        f"{reason}. Look for the rank that stopped first, or, if one is only slow, pass a longer `timeout` to the strategy.",
+        f"Stage {end.stage} on rank {rank} could not {doing} the {end.purpose} of batch {batch} {way} rank {end.peer} within "
+        f"{timeout:g} s: {reason}. {advice}",
         end.stage,
         end.peer,
         batch,
+        rank,
+        culprits,
     )

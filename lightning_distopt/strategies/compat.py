@@ -37,8 +37,10 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities import distributed
-from lightning.pytorch.strategies import launchers
 from lightning.pytorch.trainer.states import TrainerStatus
+
+from lightning_distopt.strategies.attempts import meet_again
+from lightning_distopt.strategies.launchers import PatientProcesses, PatientScripts
 
 if TYPE_CHECKING:
     from lightning_distopt.strategies.process_group import ProcessGroupStrategy
@@ -102,9 +104,9 @@ def backward_is_skipped(trainer: pl.Trainer) -> bool:
 def launcher_for(strategy: ProcessGroupStrategy, start_method: str) -> Any:
     """Return what starts the processes of a strategy."""
     if start_method != "popen":
-        return launchers._MultiProcessingLauncher(strategy, start_method=start_method)  # type: ignore[arg-type]
+        return PatientProcesses(strategy, start_method=start_method)  # type: ignore[arg-type]
     assert strategy.cluster_environment is not None
-    return launchers._SubprocessScriptLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+    return PatientScripts(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
 
 
 def connect_processes(
@@ -113,6 +115,7 @@ def connect_processes(
     """Make the default process group."""
     backend = backend or distributed._get_default_process_group_backend_for_device(device)
     device_id = device if device.type != "cpu" else None
+    meet_again(environment.global_rank(), environment.world_size(), backend, device, timeout)
     distributed._init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
 
 

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -31,9 +30,9 @@ from lightning_distopt.data_parallel.exchanges import ExchangeName, choose_excha
 from lightning_distopt.data_parallel.non_finite import NonFinite, NonFiniteGuard
 from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.error_feedback import refuse_unless_contractive
-from lightning_distopt.errors import CheckpointError
 from lightning_distopt.exchange import Meter, network_failures, roll_call
 from lightning_distopt.optimizers import RSGD
+from lightning_distopt.strategies.attempts import meet_again
 from lightning_distopt.strategies.checks import choice, count, ddp_arguments, flag, positive
 from lightning_distopt.strategies.combinations import (
     ErrorFeedback,
@@ -52,7 +51,7 @@ from lightning_distopt.strategies.launchers import PatientProcesses, PatientScri
 from lightning_distopt.strategies.local_steps import LocalSteps
 from lightning_distopt.strategies.rank_state import RankState
 from lightning_distopt.strategies.watch import Watch
-from lightning_distopt.strategies.whole import newest_whole_checkpoint
+from lightning_distopt.strategies.whole import read_safely
 
 __all__ = ["CompressedDDPStrategy"]
 
@@ -223,21 +222,9 @@ class CompressedDDPStrategy(DDPStrategy):
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
     def setup_distributed(self) -> None:
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        if attempt and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
-            # The agent keeps its store when it starts the ranks again, and with it the addresses of those that died.
-            self.set_world_ranks()
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            timeout = timedelta(seconds=self.patience)
-            store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-            dist.init_process_group(
-                self.process_group_backend or dist.get_default_backend_for_device(self.root_device),
-                store=dist.PrefixStore(f"attempt/{attempt}", store),  # type: ignore[attr-defined]
-                rank=self.global_rank,
-                world_size=self.world_size,
-                timeout=timeout,
-                device_id=self.root_device if self.root_device.type != "cpu" else None,
-            )
+        self.set_world_ranks()
+        timeout = timedelta(seconds=self.patience)
+        meet_again(self.global_rank, self.world_size, self.process_group_backend, self.root_device, timeout)
         super().setup_distributed()
 
     def configure_ddp(self) -> None:
@@ -503,11 +490,6 @@ class CompressedDDPStrategy(DDPStrategy):
         return module is not None and is_interrupted(module.trainer)
 
     @property
-    def writes_files_itself(self) -> bool:
-        """Whether checkpoints are Lightning's ordinary files, which this package can write atomically."""
-        return type(self.checkpoint_io) is TorchCheckpointIO
-
-    @property
     def patience(self) -> float:
         """Seconds after which a rank that does not answer counts as gone: the process group's time-out."""
         return self._timeout.total_seconds() if self._timeout is not None else 1800.0
@@ -539,19 +521,9 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = str(checkpoint_path)
-        try:  # from the network, too, nothing is loaded that could run code, unless asked for
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
-        except (FileNotFoundError, IsADirectoryError):
-            raise
-        except Exception as error:  # a damaged file raises what it will
-            folder = os.path.dirname(path) or "."
-            newest = newest_whole_checkpoint(folder)
-            cure = (
-                f"Resume from `{newest}`, the newest whole checkpoint there" if newest else "Choose another checkpoint"
-            )
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise CheckpointError(f"`{path}` cannot be read safely ({reason}). {cure}.", path) from error
-        return self._rank_state.read(checkpoint, path)
+        # From the network, too, nothing is loaded that could run code, unless asked for.
+        load = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only is not False)
+        return self._rank_state.read(read_safely(path, load), path)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(self._rank_state.restore(checkpoint))

@@ -113,7 +113,11 @@ class RankState:
             if header is not None:
                 self._together(path, lambda: self._write_own(checkpoint, header, path), ending)
             self._together(
-                path, (lambda: self._write_main(checkpoint, path, write)) if self._is_first else None, ending
+                path,
+                (lambda: files.save_checkpoint(checkpoint, path, strategy.checkpoint_io, write))
+                if self._is_first
+                else None,
+                ending,
             )
         except CheckpointError as error:
             if header is not None:
@@ -124,7 +128,7 @@ class RankState:
             return
         if header is not None and self._is_first:
             # A plugin of the user's may still be writing the file that replaces the one of before.
-            before = "" if self._replaces(path) else self._last_saves.get(path, "")
+            before = "" if files.can_replace(path, strategy.checkpoint_io) else self._last_saves.get(path, "")
             self._last_saves[path] = header.save_id
             forget_other_saves(path, header.save_id, before)
 
@@ -181,19 +185,6 @@ class RankState:
             "loaders": list(_loaders(checkpoint)),
         }
         write_sidecar(path, header.save_id, strategy.global_rank, content)
-
-    def _write_main(self, checkpoint: dict[str, Any], path: str, write: Callable[[], None]) -> None:
-        if self._replaces(path):
-            files.save_atomically(checkpoint, path)
-            return
-        try:
-            write()
-        except OSError as error:
-            raise CheckpointError(f"`{path}` could not be written: {error}.", path) from error
-
-    def _replaces(self, path: str) -> bool:
-        """Whether the checkpoint is written by this package, by one move; Lightning's own goes through another disk."""
-        return self._strategy.writes_files_itself and files.is_local(path) and not os.path.isdir(path)
 
     def _together(self, path: str, work: Callable[[], None] | None, ending: bool) -> None:
         """Let all ranks do their part, and know that all could."""

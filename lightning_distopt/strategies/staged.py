@@ -347,7 +347,7 @@ class StagedStrategy(StageGroups):
         if self.workers == 1:
             return found
         objects = [map_tensors(lambda t: t.detach().cpu(), found) if self.stages - 1 in self.blocks else None]
-        dist.broadcast_object_list(objects, self.rank_of(self.stages - 1), group=self._pipe)
+        self.broadcast_objects(objects, self.rank_of(self.stages - 1), self._pipe)
         return map_tensors(lambda t: t.to(self.root_device), objects[0])
 
     def _begin_evaluation(self) -> None:

@@ -61,6 +61,11 @@ def refuse_what_pipelines_cannot(strategy: ParallelStrategy, trainer: pl.Trainer
                 f"`{name}` does not go with {kind.__name__}, which handles the whole model in each process while a "
                 "pipeline is running. Leave it out."
             )
+    if any(getattr(callback, "save_on_exception", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            f"`{name}` cannot gather the model after an exception, when its processes may be anywhere: got "
+            "`ModelCheckpoint(save_on_exception=True)`. Leave it out, and save every so many steps."
+        )
 
 
 def checked_feedback(compressor: Compressor | Specification | None, asked: ReplicaFeedback | None) -> ReplicaFeedback:

@@ -81,7 +81,7 @@ def _slow(rank: int, world: int) -> Any:
         return None
     start = time.monotonic()
     with pytest.raises(
-        PipelineError, match=r"Stage 1 could not receive the activations of batch 0 from rank 0 within 0.5 s"
+        PipelineError, match=r"Stage 1 on rank 1 could not receive the activations of batch 0 from rank 0 within 0.5 s"
     ):
         channel.receive(0)
     return time.monotonic() - start

@@ -149,12 +149,15 @@ def test_norms_of_all_parameters_in_one_call() -> None:
     assert norms[1].isnan()
 
 
-@pytest.mark.parametrize("start", ["popen", "fork"])
-def test_pipelines_start_processes_as_lightning_does(start: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "theirs"), [("popen", _SubprocessScriptLauncher), ("fork", _MultiProcessingLauncher)]
+)
+def test_pipelines_start_processes_as_replicas_do(start: str, theirs: Any) -> None:
     """``Strategy._configure_launcher``, ``Strategy._launcher``, ``launchers._MultiProcessingLauncher`` and
     ``launchers._SubprocessScriptLauncher``."""
     strategy = trainer(lightning_distopt.DSPStrategy(start_method=start)).strategy
-    assert type(strategy.launcher) is type(trainer(DDPStrategy(start_method=start)).strategy.launcher)
+    assert type(strategy.launcher) is type(trainer(CompressedDDPStrategy(start_method=start)).strategy.launcher)
+    assert isinstance(strategy.launcher, theirs)
 
 
 def test_the_process_group_is_made_as_lightning_does() -> None:

@@ -30,7 +30,7 @@ from lightning_distopt.strategies.whole import is_whole
 from tests.ranks import run_ranks
 from tests.strategies.fits import At, distance, fit, sidecar
 from tests.strategies.models import Net
-from tests.strategies.rows import build, rows_and
+from tests.strategies.rows import PIPELINES, REPLICAS, build, net, rows_and
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -51,7 +51,7 @@ def _save_all_the_time(row: str, folder: Path) -> None:
         folder, "{step}", save_last=True, every_n_train_steps=1, save_top_k=2, monitor="step", mode="max"
     )
     settings = {"max_epochs": -1, "enable_checkpointing": True, "callbacks": [saving]}
-    fit(Net(batches=20), build(row), -1, "last", **settings)
+    fit(net(row, batches=20), build(row), -1, "last", **settings)
 
 
 def _killed_while_saving(row: str, folder: Path, moment: float) -> None:
@@ -92,7 +92,7 @@ def _check(folder: Path) -> int:
 
 @pytest.mark.timeout(170)
 @pytest.mark.filterwarnings("ignore")
-@rows_and(normal=("compressed_ddp",))
+@rows_and(normal=("compressed_ddp",), rows=(*REPLICAS, *PIPELINES))
 def test_whenever_it_is_killed_a_whole_checkpoint_is_there(tmp_path: Path, row: str) -> None:
     chance, steps = random.Random(row), [0]
     for _ in range(10):
@@ -105,7 +105,7 @@ def test_whenever_it_is_killed_a_whole_checkpoint_is_there(tmp_path: Path, row: 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", ["compressed_ddp", "compressed_ddp_topk"])
+@pytest.mark.parametrize("row", ["compressed_ddp", "compressed_ddp_topk", "diloco", "dsp"])
 def test_a_hundred_times_over(tmp_path: Path, row: str) -> None:
     chance = random.Random(row)
     for _ in range(100):
