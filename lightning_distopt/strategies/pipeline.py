@@ -22,6 +22,7 @@ from lightning_distopt.model_parallel.layered import batch_size_of, loss_of, sta
 from lightning_distopt.model_parallel.ties import find_ties
 from lightning_distopt.model_parallel.transport import Channel, Endpoint, Receiver, Sender
 from lightning_distopt.strategies.checks import choice, count
+from lightning_distopt.strategies.compat import without_greetings_to_itself
 from lightning_distopt.strategies.no_data import NO_BATCH
 from lightning_distopt.strategies.stage_guard import judge_gradients
 from lightning_distopt.strategies.staged import StagedStrategy
@@ -83,6 +84,7 @@ class PipelineStrategy(StagedStrategy):
 
     strategy_name: ClassVar[str] = "pipeline"
     handles_window: ClassVar[bool] = True
+    updates_with_batches: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -289,7 +291,7 @@ class PipelineStrategy(StagedStrategy):
                 stage = pipelining.PipelineStage(piece, k, self.stages, self.root_device, group=self._pipe)
                 if stateful_names(piece.layers):
                     piece.follow(stage)
-                stages.append(stage)
+                stages.append(without_greetings_to_itself(stage))
             held = stages if made.chunks > 1 else stages[0]
             schedule = getattr(pipelining, kind)(held, pieces, loss_fn=self._loss, scale_grads=False)
             self._prepared[signature] = schedule, pieces

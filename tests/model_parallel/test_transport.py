@@ -110,7 +110,8 @@ def _latency(rank: int, world: int) -> Any:
 
 
 def test_latency_can_be_added() -> None:
-    assert 0.09 < run_ranks(2, _latency)[1] < 0.5
+    """The message may have left before the other side began to look at its clock."""
+    assert 0.05 < run_ranks(2, _latency)[1] < 0.5
 
 
 def test_a_local_channel_is_a_queue_of_copies() -> None:
