@@ -45,7 +45,7 @@ from lightning_distopt.strategies.named_optimizer import (
 )
 from lightning_distopt.strategies.no_data import NO_BATCH, NoData
 from lightning_distopt.strategies.random_states import collect_random_states, restore_random_states
-from lightning_distopt.strategies.replica_state import merge_parts, state_for
+from lightning_distopt.strategies.replica_state import check_added, merge_parts, state_for
 from lightning_distopt.strategies.stage_averages import StageAverages
 from lightning_distopt.strategies.stage_groups import StageGroups
 from lightning_distopt.strategies.staged_checks import checked_feedback, refuse_what_pipelines_cannot
@@ -419,12 +419,14 @@ class StagedStrategy(StageGroups):
     def _own_part(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what this process has of the state of its replica, on the CPU."""
         part: dict[str, Any] = {} if self._mean is None else self._mean.state_dict()
+        part = {**part, "random": {str(self.worker): collect_random_states()}}
         if 0 in self.blocks:  # it reads the data
-            part = {**part, "random": collect_random_states(), "loaders": list(places_of(checkpoint))}
+            part = {**part, "loaders": list(places_of(checkpoint))}
         return map_tensors(Tensor.cpu, part)  # type: ignore[no-any-return]
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        check_added(checkpoint.get(KEY, {}), str(checkpoint_path))
         saved = checkpoint.get(KEY, {}).get("replicas", [])
         if not saved:
             return checkpoint
@@ -443,8 +445,9 @@ class StagedStrategy(StageGroups):
         mine = self._part_of(checkpoint)
         if self._mean is not None:
             self._mean.load_state_dict(mine)
-        if mine.get("random"):
-            restore_random_states(mine["random"])
+        random = mine.get("random", {}).get(str(self.worker))
+        if random is not None:
+            restore_random_states(random)
 
     def _part_of(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint has for this replica."""
