@@ -21,7 +21,7 @@ from lightning_distopt.errors import CheckpointError
 from lightning_distopt.exchange import network_failures, roll_call
 from lightning_distopt.strategies import files
 from lightning_distopt.strategies.checks import positive
-from lightning_distopt.strategies.compat import connect_processes, is_interrupted, launcher_for
+from lightning_distopt.strategies.compat import begin_next_epoch, connect_processes, is_interrupted, launcher_for
 from lightning_distopt.strategies.watch import Watch, watched
 from lightning_distopt.strategies.whole import read_safely
 
@@ -150,6 +150,8 @@ class ProcessGroupStrategy(ParallelStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         self.watch.guard_signals()
+        assert self.lightning_module is not None
+        begin_next_epoch(self.lightning_module.trainer)
 
     def on_exception(self, exception: BaseException) -> None:
         roll_call.leave_last_words(f"{type(exception).__name__}: {exception}")
