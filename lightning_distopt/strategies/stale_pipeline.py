@@ -420,10 +420,9 @@ class StalePipelineStrategy(StagedStrategy):
         super().load_optimizer_state_dict(checkpoint)
         assert self.engine is not None
         trainer = self._module.trainer
-        counts = checkpoint.get(
-            KEY
-        )  # without, another strategy has saved it: each of its steps was an update of all stages
-        counts = counts or {"batches": 0, "updates": trainer.global_step, "epochs": trainer.current_epoch}
+        # Where another strategy has saved it, each of its steps was an update of all stages.
+        counts = {"batches": 0, "updates": trainer.global_step, "epochs": trainer.current_epoch}
+        counts.update(checkpoint.get(KEY, {}))
         self.engine.batches = counts["batches"]
         self.clock.updates, self.clock.epochs = counts["updates"], counts["epochs"]
         for averages in self.averages:
