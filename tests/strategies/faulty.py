@@ -29,6 +29,7 @@ from lightning_distopt.errors import ExchangeError, PipelineError
 from tests.strategies.fits import trainer
 from tests.strategies.models import Layered, Net
 from tests.strategies.rows import RECORDS, build, kind
+from tests.zeroth_order.models import Regression, loader
 
 with suppress(ImportError):
     import torch.distributed.pipelining  # processes forked from this one begin together
@@ -42,7 +43,7 @@ def patience(row: str) -> float:
     Gloo takes that of messages between two processes when it connects them, so there it is in force from the start, when
     processes come together more slowly than they train.
     """
-    return 3.0 if kind(row) == "replicas" else 5.0
+    return 5.0 if kind(row) in ("synchronous", "stale") else 3.0
 
 
 def kill() -> None:
@@ -101,6 +102,12 @@ class Fault:
         return self.name == "nan"
 
 
+def be_impatient() -> None:
+    """Set the time-out only when training starts: processes that import everything anew come together more slowly."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=patience("compressed_ddp")))
+
+
 class Faulty(Net):
     """Fails on one rank in one step.
 
@@ -113,9 +120,7 @@ class Faulty(Net):
         self.fault = fault
 
     def on_train_start(self) -> None:
-        # Only now: processes that import everything anew come together more slowly than they train.
-        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-        set_timeout(timedelta(seconds=patience("compressed_ddp")))
+        be_impatient()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
@@ -158,6 +163,31 @@ class LayeredFaulty(Layered):
         return [Trap(self)]
 
 
+class FaultyQueries(Regression):
+    """The same in a query.
+
+    Args:
+        fault: which, and when.
+    """
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__()
+        self.__dict__["fault"] = fault
+
+    def on_train_start(self) -> None:
+        be_impatient()
+
+    def query(self, batch: Any) -> Tensor:
+        losses = super().query(batch)
+        return losses * float("nan") if self.fault.strikes(dist.get_rank(), self.trainer.global_step) else losses
+
+    def train_dataloader(self) -> Any:
+        return loader(20)
+
+
+MODELS: dict[str, Any] = {"replicas": Faulty, "queries": FaultyQueries}
+
+
 def noted(folder: Path, watched: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Write down how a rank ends, and when."""
     (folder / f"{os.getpid()}.pid").touch()
@@ -187,13 +217,13 @@ def strategy(row: str, start_method: str, timeout: float = 60.0, **arguments: An
 
 def run(row: str, fault: str, folder: Path, start_method: str, devices: int = 3) -> None:
     """Fit with a fault."""
-    from_the_start = kind(row) != "replicas" and (start_method == "fork" or fault == "link")
+    from_the_start = patience(row) == 5.0 and (start_method == "fork" or fault == "link")
     watched = trainer(strategy(row, start_method, patience(row) if from_the_start else 60.0), 10, devices=devices)
     launch = watched.strategy.launcher.launch
     watched.strategy.launcher.launch = lambda function, *args, **kwargs: launch(
         partial(noted, folder, watched, function), *args, **kwargs
     )
-    watched.fit((Faulty if kind(row) == "replicas" else LayeredFaulty)(Fault(fault, folder)))
+    watched.fit(MODELS.get(kind(row), LayeredFaulty)(Fault(fault, folder)))
 
 
 if __name__ == "__main__":
