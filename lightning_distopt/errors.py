@@ -136,13 +136,25 @@ class PipelineError(DistoptError):
         stage: the stage that raises it.
         peer: rank of the neighbour.
         batch: the batch that was waited for or sent.
+        rank: the rank that raises it.
+        culprits: ranks that the roll-call found silent, late or ended; empty if it could not tell.
     """
 
-    def __init__(self, message: str, stage: int = 0, peer: int = 0, batch: int = 0) -> None:
-        super().__init__(message, stage, peer, batch)  # all of them, so that a pickled error arrives whole
+    def __init__(
+        self,
+        message: str,
+        stage: int = 0,
+        peer: int = 0,
+        batch: int = 0,
+        rank: int = 0,
+        culprits: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(message, stage, peer, batch, rank, culprits)  # all, so that a pickled error arrives whole
         self.stage = stage
         self.peer = peer
         self.batch = batch
+        self.rank = rank
+        self.culprits = culprits
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -37,7 +37,9 @@ class CommunicationMonitor(Callback):
     What is sent before the first step, in validation and for ``mismatch_every`` is in the table only.
 
     Under plain ``ddp`` nothing counts, so the bytes are computed from the parameters (ring all-reduce of the gradients,
-    broadcast of the buffers) and the seconds are left out; under other strategies on several devices nothing is logged.
+    broadcast of the buffers) and the seconds are left out. Under a stale pipeline rank 0's messages are counted,
+    a step is an update, and the ratio compares with ``ddp`` on as many devices. Under other strategies on several devices,
+    synchronous pipelines among them, nothing is logged.
     Values are logged every ``log_every_n_steps`` of the Trainer. ``summary`` holds the totals when the fit has ended.
 
     Args:
@@ -57,13 +59,15 @@ class CommunicationMonitor(Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known = isinstance(trainer.strategy, DDPStrategy) or trainer.world_size == 1
+        counted = getattr(trainer.strategy, "counts_bytes", False)
+        known = isinstance(trainer.strategy, DDPStrategy) or trainer.world_size == 1 or counted
         if not known:
             rank_zero_info(
                 f"`CommunicationMonitor` does not know what `{type(trainer.strategy).__name__}` sends, and logs nothing. Use it "
-                "with `compressed_ddp` or `ddp`."
+                "with `compressed_ddp`, `ddp` or a stale pipeline."
             )
-        self._meter = getattr(trainer.strategy, "meter", None) or (_ComputedMeter(trainer) if known else Meter())
+        meter = getattr(trainer.strategy, "meter", None) if known else Meter()
+        self._meter = meter or _ComputedMeter(trainer)
         self._started = time.perf_counter()
         self._last = self._totals()
         self._steps, self._last_mismatch = (0, 0), 0

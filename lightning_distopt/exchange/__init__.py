@@ -4,7 +4,7 @@ from lightning_distopt.exchange.all_gather import AllGatherExchange
 from lightning_distopt.exchange.all_reduce import AllReduceExchange
 from lightning_distopt.exchange.base import Exchange, Means, Steps, overlap
 from lightning_distopt.exchange.compressed_mean import CompressedMean
-from lightning_distopt.exchange.failure import network_failures
+from lightning_distopt.exchange.failure import ask_around, network_failures
 from lightning_distopt.exchange.majority_vote import MajorityVote
 from lightning_distopt.exchange.meter import Meter
 from lightning_distopt.exchange.power_sgd import PowerSGDMean
@@ -26,6 +26,7 @@ __all__ = [
     "ShardedServerExchange",
     "Steps",
     "TensorMean",
+    "ask_around",
     "network_failures",
     "overlap",
 ]

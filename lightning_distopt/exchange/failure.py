@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning_distopt.errors import DistoptError, ExchangeError
 from lightning_distopt.exchange import roll_call
 
-__all__ = ["network_failures"]
+__all__ = ["ask_around", "network_failures"]
 
 _PLACE = re.compile(r"^\[[^\]]*:\d+\] *")
 # Gloo: "Connection closed by peer [127.0.0.1]:4242", "Read error [::1]:4242: Connection reset"; NCCL: a rank, or nobody.
@@ -53,15 +53,23 @@ def network_failures(
         if bucket:
             more = f" and {len(bucket) - 1} more" if len(bucket) > 1 else ""
             what = f"{doing} the bucket of `{bucket[0]}`{more}"
-        roll = roll_call.called()
-        advice = (
-            "Look for the rank that stopped first, or, if one is only slow, pass a longer `timeout` to the strategy."
-        )
-        advice = f"{roll.text} {advice}" if roll.text and not roll.culprits else roll.text or advice
+        culprits, advice = ask_around()
         message = (
             f"In step {step} rank {rank} could not {what} with {f'peer {peer}' if peer else 'the other ranks'}: {reason}. "
             f"{advice}"
         )
-        named = f" [culprits {' '.join(map(str, roll.culprits))}]" if roll.culprits else ""
-        roll_call.leave_last_words(f"ExchangeError{named} {roll.text}")
-        raise ExchangeError(message, rank, step, tuple(bucket), peer, roll.culprits) from error
+        raise ExchangeError(message, rank, step, tuple(bucket), peer, culprits) from error
+
+
+def ask_around() -> tuple[tuple[int, ...], str]:
+    """Call the roll when an exchange has failed, and let the others know what came of it.
+
+    Returns:
+        The ranks to blame, as far as it can tell, and a sentence of what was found and what to do.
+    """
+    roll = roll_call.called()
+    advice = "Look for the rank that stopped first, or, if one is only slow, pass a longer `timeout` to the strategy."
+    advice = f"{roll.text} {advice}" if roll.text and not roll.culprits else roll.text or advice
+    named = f" [culprits {' '.join(map(str, roll.culprits))}]" if roll.culprits else ""
+    roll_call.leave_last_words(f"ExchangeError{named} {roll.text}")
+    return roll.culprits, advice

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 __all__ = ["NOT_IN_STEPS", "Meter", "ring_all_reduce_bytes"]
 
 
-NOT_IN_STEPS = ("setup", "validation", "diagnostics")
+NOT_IN_STEPS = ("setup", "validation", "evaluation", "diagnostics")
 
 
 def ring_all_reduce_bytes(nbytes: int, world: int) -> int:

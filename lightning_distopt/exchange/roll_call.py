@@ -17,11 +17,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lightning_distopt.exchange.notes import Store, shared_store
 
-__all__ = ["Roll", "RollCall", "called", "is_calling", "leave_last_words", "now_at", "use", "waits"]
+__all__ = ["Roll", "RollCall", "called", "during", "is_calling", "leave_last_words", "now_at", "use", "waits"]
 
 _PERIOD = 0.3  # seconds between beats
 _LISTEN = 1.2  # seconds in which a rank that lives is heard, also on a busy machine
@@ -74,6 +76,11 @@ class RollCall:
     def at(self, step: int, doing: str, waiting: bool) -> None:
         """Say where this rank is from now on, and whether that is a collective, where it waits for the others."""
         self._place = (step, doing, waiting)
+
+    @property
+    def place(self) -> tuple[int, str, bool]:
+        """What :meth:`at` was told last."""
+        return self._place
 
     def last_words(self, text: str) -> None:
         """Leave a note of why this rank ends; the first one counts."""
@@ -197,11 +204,17 @@ class RollCall:
             names = _ranks(silent)
             return Roll(tuple(silent), f"The roll-call found {names} silent: killed, stopped, or cut off.")
         mine = self._place[0]
-        late: dict[int, str] = {}
+        busy: dict[int, str] = {}
+        behind: dict[int, str] = {}
         for rank, beat in alive.items():
             _, step, waiting, doing = beat.split(";", 3)
-            if rank not in words and (int(step) < mine or (int(step) == mine and waiting == "0")):
-                late[rank] = f"it is in `{doing}` of step {step}" if waiting == "0" else f"it is in step {step}"
+            if rank in words or int(step) > mine:
+                continue
+            if waiting == "0":
+                busy[rank] = f"it is in `{doing}` of step {step}"
+            elif int(step) < mine:
+                behind[rank] = f"it is in step {step}"
+        late = busy or behind  # who waits, in a pipeline, is held up by who does not
         if late:
             where = "; ".join(f"rank {rank} late, {place}" for rank, place in sorted(late.items()))
             return Roll(
@@ -241,6 +254,18 @@ def now_at(step: int, doing: str, waiting: bool = False) -> None:
     """Tell the roll-call, if there is one, where this rank is."""
     if _current is not None:
         _current.at(step, doing, waiting)
+
+
+@contextmanager
+def during(doing: str, waiting: bool) -> Iterator[None]:
+    """Tell the roll-call what this rank does inside of its step: wait for another rank, or compute."""
+    if _current is None:
+        yield
+        return
+    step, before, waited = _current.place
+    _current.at(step, doing, waiting)
+    yield  # after an error it stays as it was: this is where the rank has failed
+    _current.at(step, before, waited)
 
 
 def called() -> Roll:

@@ -58,15 +58,13 @@ def connect(
         down_end = Endpoint(own, peer, tag + TAGS_A_HOP * hop, "activations")
         up_end = Endpoint(own, peer, tag + TAGS_A_HOP * hop + 2, "gradients")
         if rank == before:
-            hops[hop] = Hop(
-                activations_out=Sender(down_end, ahead, in_flight, group, meter, timeout, device),
-                gradients_in=Receiver(up_end, back, group, meter, timeout, device, latency),
-            )
+            sender = Sender(down_end, ahead, in_flight, group, meter, timeout, device)
+            sender.back = Receiver(up_end, back, group, meter, timeout, device, latency)
+            hops[hop] = Hop(activations_out=sender, gradients_in=sender.back)
         else:
-            hops[hop] = Hop(
-                activations_in=Receiver(down_end, ahead, group, meter, timeout, device, latency),
-                gradients_out=Sender(up_end, back, in_flight, group, meter, timeout, device),
-            )
+            sender = Sender(up_end, back, in_flight, group, meter, timeout, device)
+            sender.back = Receiver(down_end, ahead, group, meter, timeout, device, latency)
+            hops[hop] = Hop(activations_in=sender.back, gradients_out=sender)
     return hops
 
 

@@ -148,35 +148,60 @@ def costs_by_parameters(layers: Mapping[str, nn.Module]) -> tuple[LayerCost, ...
     return tuple(LayerCost(name, sum(p.numel() for p in layer.parameters())) for name, layer in layers.items())
 
 
-def measure(layers: Mapping[str, nn.Module], example: Any, repeats: int = 3) -> tuple[LayerCost, ...]:
+def measure(
+    layers: Mapping[str, nn.Module], example: Any, repeats: int = 3, device: torch.device | None = None
+) -> tuple[LayerCost, ...]:
     """Run each layer forward and backward on an example; return the least of the times taken.
 
-    Gradients, buffers and random numbers are left as they were.
+    Gradients, buffers and random numbers are left as they were. On another device there is one layer at a time.
 
     Args:
         layers: by name, in order.
-        example: the input of the first one.
+        example: the input of the first one, on any device.
         repeats: runs a layer, after one to warm up.
+        device: where they are to run; where they are if ``None``.
+
+    Raises:
+        ValueError: if the example does not pass through a layer.
     """
     buffers = {name: [b.clone() for b in layer.buffers()] for name, layer in layers.items()}
-    state = torch.get_rng_state()
     found: list[LayerCost] = []
-    x = example
-    for name, layer in layers.items():
-        seconds = [_time(name, layer, x) for _ in range(repeats + 1)][1:]
-        with torch.no_grad():
-            x, _ = run_layers({name: layer}, x, {})
-        nbytes = sum(t.nbytes for t in flatten(x)[1])
-        found.append(LayerCost(name, sum(p.numel() for p in layer.parameters()), 1e3 * min(seconds), nbytes))
+    with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+        x = example
+        for name, layer in layers.items():
+            try:
+                x, cost = _cost(name, layer, x, repeats, device)
+            except Exception as error:
+                raise ValueError(
+                    f"`example_input_array` must pass through all layers: got {type(error).__name__} in layer {name!r}: {error}. "
+                    "Give a batch as the model gets it, or use `balance='parameters'`."
+                ) from error
+            found.append(cost)
     for name, layer in layers.items():
         for buffer, before in zip(layer.buffers(), buffers[name], strict=True):
             buffer.copy_(before)
-    torch.set_rng_state(state)
     return tuple(found)
+
+
+def _cost(name: str, layer: nn.Module, x: Any, repeats: int, device: torch.device | None) -> tuple[Any, LayerCost]:
+    home = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
+    if device is not None:
+        layer.to(device)
+        x = map_tensors(lambda t: t.to(device), x)
+    try:
+        seconds = [_time(name, layer, x) for _ in range(repeats + 1)][1:]
+        with torch.no_grad():
+            y, _ = run_layers({name: layer}, x, {})
+    finally:
+        if home is not None:
+            layer.to(home)
+    nbytes = sum(t.nbytes for t in flatten(y)[1])
+    return y, LayerCost(name, sum(p.numel() for p in layer.parameters()), 1e3 * min(seconds), nbytes)
 
 
 def _time(name: str, layer: nn.Module, x: Any) -> float:
     x = map_tensors(lambda t: t.detach().requires_grad_(t.is_floating_point()), x)
+    _finish(x)
     begin = time.perf_counter()
     with torch.enable_grad():
         y, _ = run_layers({name: layer}, x, {})
@@ -184,7 +209,14 @@ def _time(name: str, layer: nn.Module, x: Any) -> float:
     inputs = [t for t in flatten(x)[1] if t.requires_grad] + [p for p in layer.parameters() if p.requires_grad]
     if outputs and inputs:
         torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs], allow_unused=True)
+    _finish(y)
     return time.perf_counter() - begin
+
+
+def _finish(nest: Any) -> None:
+    """Wait for what a GPU was told to do."""
+    for device in {t.device for t in flatten(nest)[1] if t.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
 
 
 def _even(layers: int, stages: int) -> list[int]:

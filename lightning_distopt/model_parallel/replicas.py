@@ -8,7 +8,7 @@ Stages do not wait for each other here: each has a process group of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class ReplicaMean:
     """Averages the updates of one stage over its replicas.
 
     Args:
-        names: full name of each parameter.
+        names: full name of each parameter of the stage.
         group: replicas of this stage.
         meter: counts what travels.
         compressor: of the gradients; ``None`` sends them as they are.
@@ -80,6 +80,30 @@ class ReplicaMean:
         self.rounds += 1
         return averaged
 
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return what the next average depends on, by parameter; references. All but ``residuals`` is alike in all replicas.
+
+        ============= ================================================================================
+        ``residuals`` what has not been sent, in units of gradients
+        ``queries``   starts of PowerSGD's iterations
+        ``rounds``    averages so far
+        ============= ================================================================================
+        """
+        return {
+            "residuals": {} if self.memory is None else dict(self.memory.residuals),
+            "queries": {} if self._mean is None else self._mean.state_dict().get("queries", {}),
+            "rounds": dict.fromkeys(self._names.values(), self.rounds),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from there with the parameters of this stage; what is missing starts anew."""
+        devices = {name: parameter.device for parameter, name in self._names.items()}
+        if self.memory is not None:
+            self.memory.load(state.get("residuals", {}), devices)
+        if self._mean is not None:
+            self._mean.load_state_dict({"queries": {n: q for n, q in state.get("queries", {}).items() if n in devices}})
+        self.rounds = max((int(count) for n, count in state.get("rounds", {}).items() if n in devices), default=0)
+
     def _of_bucket(self, parameters: list[Parameter], flat: Tensor) -> list[Tensor]:
         numels = [p.numel() for p in parameters]
         if self._mean is None:
@@ -88,7 +112,7 @@ class ReplicaMean:
             self._meter.all_reduce("replicas", flat.nbytes, self.replicas)
             return list(torch.split(flat / self.replicas, numels))
         names = [self._names[p] for p in parameters]
-        tensors = list(torch.split(flat, numels))
+        tensors = [part.view(p.shape) for p, part in zip(parameters, torch.split(flat, numels), strict=True)]
         if self.memory is not None:
             self.memory.compensate_(names, tensors, {})
         arrived: list[MeanTensors] = []

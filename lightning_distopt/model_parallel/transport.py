@@ -24,13 +24,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_distopt.errors import PipelineError
+from lightning_distopt.exchange import ask_around, roll_call
 from lightning_distopt.exchange.meter import Meter
 from lightning_distopt.model_parallel.structure import flatten, unflatten
 
 __all__ = ["Channel", "Endpoint", "LocalChannel", "Receiver", "Sender"]
 
 _MAGIC = 0x1D157007
-_WORDS = 8  # magic, batch, bytes of the description, bytes needed in all, whether they follow, sent at (ns), 2 spare
+_WORDS = (
+    8  # magic, batch, bytes of the description, bytes needed in all, whether they follow, sent at (ns), read, 1 spare
+)
 _ALIGN = 64
 _HEADER = _WORDS * 8
 _FIRST = 1024  # bytes of the messages before any size is known
@@ -65,7 +68,7 @@ class Channel(ABC):
 
     @abstractmethod
     def depth(self) -> int:
-        """Return the number of messages under way that this end knows of."""
+        """Return the number of messages that are under way or wait at the other end, as far as this end knows."""
 
 
 class LocalChannel(Channel):
@@ -110,6 +113,11 @@ class Sender(Channel):
         meter: counts bytes.
         timeout: seconds to wait for the peer.
         device: where messages are put together.
+
+    Attributes:
+        back: receives what comes the other way over the same hop, and with it how much of what was sent has been read.
+        count: messages sent.
+        nbytes: bytes sent.
     """
 
     def __init__(
@@ -128,6 +136,8 @@ class Sender(Channel):
         self._in_flight = max(1, in_flight)
         self._works: deque[tuple[int, list[dist.Work], list[Tensor]]] = deque()
         self._device = device
+        self.back: Receiver | None = None
+        self.count = self.nbytes = 0
 
     def send(self, batch: int, nest: Any) -> None:
         spec, tensors = flatten(nest)
@@ -138,7 +148,8 @@ class Sender(Channel):
         self._largest = max(self._largest, needed)
         self._sizes.append(self._largest)
         fits = needed <= size
-        header = [_MAGIC, batch, len(description), needed, int(not fits), time.monotonic_ns(), 0, 0]
+        read = self.back.count if self.back is not None else 0
+        header = [_MAGIC, batch, len(description), needed, int(not fits), time.monotonic_ns(), read, 0]
         buffer = torch.empty(size if fits else needed, dtype=torch.uint8, device=self._device)
         buffer[:_HEADER].view(torch.int64).copy_(torch.tensor(header))
         buffer[_HEADER : _HEADER + len(description)].copy_(torch.frombuffer(bytearray(description), dtype=torch.uint8))
@@ -154,7 +165,9 @@ class Sender(Channel):
             short[:_HEADER].copy_(buffer[:_HEADER])
             parts = [(short, self._end.tag), (buffer, self._end.tag + 1)]
         self._post(batch, parts)
-        self._meter.message(self._end.purpose, sent=sum(part.numel() for part, _ in parts))
+        sent = sum(part.numel() for part, _ in parts)
+        self._meter.message(self._end.purpose, sent=sent)
+        self.count, self.nbytes = self.count + 1, self.nbytes + sent
 
     def _post(self, batch: int, parts: Sequence[tuple[Tensor, int]]) -> None:
         try:
@@ -163,21 +176,23 @@ class Sender(Channel):
             self._works.append((batch, works, [part for part, _ in parts]))  # type: ignore[arg-type]
             while len(self._works) > self._in_flight:
                 batch, oldest, _ = self._works[0]
-                for work in oldest:
-                    work.wait(timedelta(seconds=self._timeout))
+                with roll_call.during(f"send {self._end.purpose}", waiting=True):
+                    for work in oldest:
+                        work.wait(timedelta(seconds=self._timeout))
                 self._works.popleft()
         except RuntimeError as error:
             raise _failed("send", self._end, batch, self._timeout, error) from error
 
     def depth(self) -> int:
-        return len(self._works)
+        return self.count - (self.back.read_there if self.back is not None else 0)
 
     def settle(self) -> None:
         """Wait until all messages have arrived (they have, when the run is drained)."""
         for batch, works, _ in self._works:
             try:
-                for work in works:
-                    work.wait(timedelta(seconds=self._timeout))
+                with roll_call.during(f"send {self._end.purpose}", waiting=True):
+                    for work in works:
+                        work.wait(timedelta(seconds=self._timeout))
             except RuntimeError as error:
                 raise _failed("send", self._end, batch, self._timeout, error) from error
         self._works.clear()
@@ -194,6 +209,10 @@ class Receiver(Channel):
         timeout: seconds to wait for the peer.
         device: where messages arrive.
         latency: seconds added to the way of every message, for experiments.
+
+    Attributes:
+        count: messages read.
+        read_there: how many that went the other way had been read when the last message left.
     """
 
     def __init__(
@@ -210,6 +229,7 @@ class Receiver(Channel):
         self._device, self._latency, self._largest = device, latency, _FIRST
         self._posted: deque[tuple[dist.Work, Tensor]] = deque()
         self._ahead = depth
+        self.count = self.read_there = 0
 
     def receive(self, batch: int) -> Any:
         while len(self._posted) < self._ahead:
@@ -234,6 +254,7 @@ class Receiver(Channel):
             if self._latency:
                 time.sleep(max(0.0, self._latency - (time.monotonic_ns() - header[5]) * 1e-9))
         self._largest = max(self._largest, header[3])
+        self.count, self.read_there = self.count + 1, header[6]
         self._post(batch)
         _check_batch(header[1], batch, self._end)
         spec, layout = json.loads(bytes(buffer[_HEADER : _HEADER + header[2]].tolist()))
@@ -253,12 +274,13 @@ class Receiver(Channel):
 
     def _wait(self, work: dist.Work, batch: int) -> None:
         try:
-            work.wait(timedelta(seconds=self._timeout))
+            with roll_call.during(f"receive {self._end.purpose}", waiting=True):
+                work.wait(timedelta(seconds=self._timeout))
         except RuntimeError as error:
             raise _failed("receive", self._end, batch, self._timeout, error) from error
 
     def depth(self) -> int:
-        return len(self._posted)
+        return len(self._posted)  # buffers: what has arrived in them only a wait would tell
 
 
 def _views(buffer: Tensor, offset: int, layout: Sequence[tuple[str, list[int]]]) -> list[Tensor]:
@@ -296,10 +318,14 @@ def _check_batch(found: int, expected: int, end: Endpoint) -> None:
 def _failed(doing: str, end: Endpoint, batch: int, timeout: float, error: RuntimeError) -> PipelineError:
     reason = " ".join(str(error).split()).split("] ")[-1].split(". ")[0]
     way = "to" if doing == "send" else "from"
+    rank = dist.get_rank()
+    culprits, advice = ask_around()
     return PipelineError(
-        f"Stage {end.stage} could not {doing} the {end.purpose} of batch {batch} {way} rank {end.peer} within {timeout:g} s: "
-        f"{reason}. Look for the rank that stopped first, or, if one is only slow, pass a longer `timeout` to the strategy.",
+        f"Stage {end.stage} on rank {rank} could not {doing} the {end.purpose} of batch {batch} {way} rank {end.peer} within "
+        f"{timeout:g} s: {reason}. {advice}",
         end.stage,
         end.peer,
         batch,
+        rank,
+        culprits,
     )

@@ -62,7 +62,7 @@ class Worker:
         tick: ticks since the last drained state.
         batches: batches that ended before it.
         busy: seconds of forwards and backwards so far.
-        newest_updated: whether the last update has gradients of the worker's last stage, the least stale one.
+        brought: the stages whose gradients the last update has.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Worker:
         self.tick = 0
         self.batches = 0
         self.busy = 0.0
-        self.newest_updated = False
+        self.brought: tuple[int, ...] = ()
         self._limit: int | None = None
         self._fresh: set[int] = set()
         self._due: Sequence[Stage] = ()
@@ -166,7 +166,7 @@ class Worker:
         self._due = [stage for k, stage in self.stages.items() if k in changed]
         for stage in self._due:
             stage.make_room()
-        self.newest_updated = any(stage.index == max(self.stages) for stage in due)
+        self.brought = tuple(stage.index for stage in due)
         return {parameter: self._joined(several) for parameter, several in parts.items()}
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
@@ -181,16 +181,21 @@ class Worker:
             stage.updated()
         self._due = ()
 
-    def learned(self) -> list[int]:
-        """Return, for each stage with an update, the last batch that all its updates have taken in."""
-        found = []
+    @property
+    def newest_updated(self) -> bool:
+        """Whether the last update has gradients of the worker's last stage, the least stale one."""
+        return max(self.stages) in self.brought
+
+    def learned(self) -> dict[int, int]:
+        """Return, by stage with an update, the last batch that all its updates have taken in."""
+        found = {}
         for index in self.stages:
             newest = min(
                 self.plan.backward_batch(index, self.tick - 1),
                 self.tick - 1 if self._limit is None else self._limit - 1,
             )
             if newest >= 0:
-                found.append(self.batches + newest)
+                found[index] = self.batches + newest
         return found
 
     # ---- drain ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ name                                                           use
 ``distributed._init_dist_connection``                          the process group, as DDPStrategy makes it
 ``distributed._get_default_process_group_backend_for_device``  gloo or nccl, by device
 ``fit_loop.epoch_loop._broadcast_sigterm_tensor``              silenced: a broadcast a batch would tie free stages together
+``WeightAveraging._average_model``                             read: a pipeline averages the part of it that it trains
+``PipelineStage._get_init_p2p_neighbors_ops``                  wrapped: in a V a stage's neighbour may be in its own process
 ``DistributedDataParallel._get_ddp_logging_data``              tests only: the name of the attached hook
 ``DDPStrategy._ddp_kwargs``                                    tests only: what reached DistributedDataParallel
 =============================================================  ==============================================================
@@ -37,13 +39,18 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities import distributed
-from lightning.pytorch.strategies import launchers
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerStatus
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_distopt.strategies.attempts import meet_again
+from lightning_distopt.strategies.launchers import PatientProcesses, PatientScripts
 
 if TYPE_CHECKING:
     from lightning_distopt.strategies.process_group import ProcessGroupStrategy
 
 __all__ = [
+    "average_of",
     "backward_is_skipped",
     "begin_next_epoch",
     "connect_processes",
@@ -54,6 +61,7 @@ __all__ = [
     "note_sigterm",
     "silence_sigterm_broadcast",
     "skip_batches",
+    "without_greetings_to_itself",
 ]
 
 
@@ -99,12 +107,19 @@ def backward_is_skipped(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop._skip_backward)
 
 
+def average_of(callback: WeightAveraging) -> AveragedModel:
+    """Return the averaged model of a callback that was set up for a fit."""
+    average = callback._average_model
+    assert average is not None
+    return average
+
+
 def launcher_for(strategy: ProcessGroupStrategy, start_method: str) -> Any:
     """Return what starts the processes of a strategy."""
     if start_method != "popen":
-        return launchers._MultiProcessingLauncher(strategy, start_method=start_method)  # type: ignore[arg-type]
+        return PatientProcesses(strategy, start_method=start_method)  # type: ignore[arg-type]
     assert strategy.cluster_environment is not None
-    return launchers._SubprocessScriptLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+    return PatientScripts(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
 
 
 def connect_processes(
@@ -113,6 +128,7 @@ def connect_processes(
     """Make the default process group."""
     backend = backend or distributed._get_default_process_group_backend_for_device(device)
     device_id = device if device.type != "cpu" else None
+    meet_again(environment.global_rank(), environment.world_size(), backend, device, timeout)
     distributed._init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
 
 
@@ -129,6 +145,20 @@ def silence_sigterm_broadcast(trainer: pl.Trainer) -> None:
         return
     assert callable(known)
     vars(loop)["_broadcast_sigterm_tensor"] = _nothing
+
+
+def without_greetings_to_itself(stage: Any) -> Any:
+    """Return a stage of ``torch.distributed.pipelining`` that does not greet neighbours in its own process.
+
+    Before the first batch torch up to 2.13 sends one number to each neighbour, which Gloo cannot within a process ("Pair is not
+    connected"). Batches go from stage to stage of one process without messages.
+    """
+    try:
+        greet = stage._get_init_p2p_neighbors_ops
+    except AttributeError:  # 2.15
+        return stage
+    vars(stage)["_get_init_p2p_neighbors_ops"] = lambda: [op for op in greet() if op.group_peer != stage.group_rank]
+    return stage
 
 
 def _nothing() -> None:

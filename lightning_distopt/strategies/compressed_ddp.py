@@ -6,17 +6,14 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import Parameter
@@ -31,7 +28,6 @@ from lightning_distopt.data_parallel.exchanges import ExchangeName, choose_excha
 from lightning_distopt.data_parallel.non_finite import NonFinite, NonFiniteGuard
 from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.error_feedback import refuse_unless_contractive
-from lightning_distopt.errors import CheckpointError
 from lightning_distopt.exchange import Meter, network_failures, roll_call
 from lightning_distopt.optimizers import RSGD
 from lightning_distopt.strategies.checks import choice, count, ddp_arguments, flag, positive
@@ -46,18 +42,15 @@ from lightning_distopt.strategies.combinations import (
     refuse_what_a_specification_brings,
     refuse_what_belongs_to_updates,
 )
-from lightning_distopt.strategies.compat import begin_next_epoch, is_interrupted
 from lightning_distopt.strategies.header import Header
-from lightning_distopt.strategies.launchers import PatientProcesses, PatientScripts
 from lightning_distopt.strategies.local_steps import LocalSteps
 from lightning_distopt.strategies.rank_state import RankState
-from lightning_distopt.strategies.watch import Watch
-from lightning_distopt.strategies.whole import newest_whole_checkpoint
+from lightning_distopt.strategies.watched_ddp import WatchedDDPStrategy
 
 __all__ = ["CompressedDDPStrategy"]
 
 
-class CompressedDDPStrategy(DDPStrategy):
+class CompressedDDPStrategy(WatchedDDPStrategy):
     """Data parallel training that sends compressed updates instead of gradients.
 
     Each rank steps its own optimizer from ``y = x - coefficient * e``, where ``e`` is what it has not sent yet, and the
@@ -185,7 +178,6 @@ class CompressedDDPStrategy(DDPStrategy):
         self._buckets_go_to: Any = None
         self._judged = 0
         self._rank_state = RankState(self)
-        self._watch = Watch(self)
 
     # ---- configuration ----------------------------------------------------------------------------------------------
 
@@ -222,24 +214,6 @@ class CompressedDDPStrategy(DDPStrategy):
 
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
-    def setup_distributed(self) -> None:
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        if attempt and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and not dist.is_initialized():
-            # The agent keeps its store when it starts the ranks again, and with it the addresses of those that died.
-            self.set_world_ranks()
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            timeout = timedelta(seconds=self.patience)
-            store = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-            dist.init_process_group(
-                self.process_group_backend or dist.get_default_backend_for_device(self.root_device),
-                store=dist.PrefixStore(f"attempt/{attempt}", store),  # type: ignore[attr-defined]
-                rank=self.global_rank,
-                world_size=self.world_size,
-                timeout=timeout,
-                device_id=self.root_device if self.root_device.type != "cpu" else None,
-            )
-        super().setup_distributed()
-
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
         refuse_averages_of_local_parameters(self)
@@ -247,7 +221,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self.meter = Meter()
         self.guard = NonFiniteGuard(self.non_finite, self.meter)
         world = dist.get_world_size()
-        self._watch.begin()
+        self.watch.begin()
         # Ranks may have seeded themselves differently; what they draw together must not depend on it.
         shared = torch.tensor([secrets.randbits(62), _seed()], device=self.root_device)
         broadcast_([shared], self.meter, "setup")
@@ -355,7 +329,6 @@ class CompressedDDPStrategy(DDPStrategy):
         return {parameter: float(group["lr"]) for group in groups for parameter in group["params"]}
 
     def teardown(self) -> None:
-        self._watch.end()
         self._rank_state.close()
         if self._local_steps is not None:
             self._local_steps.close()
@@ -365,34 +338,9 @@ class CompressedDDPStrategy(DDPStrategy):
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
-        roll_call.leave_last_words(f"{type(exception).__name__}: {exception}")
         if self._local_steps is not None:
             self._local_steps.sync.restore()
         super().on_exception(exception)
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        start: Any = self._start_method
-        if start == "popen":
-            self._launcher = PatientScripts(self.cluster_environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = PatientProcesses(self, start_method=start)
-
-    # ---- collectives of Lightning's -----------------------------------------------------------------------------------
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self.torn or self.is_ending:
-            return  # the others are elsewhere
-        with network_failures(self.global_rank, self.round, doing="meet at a barrier"):
-            super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        with network_failures(self.global_rank, self.round, doing="broadcast an object"):
-            return super().broadcast(obj, src)
-
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        with network_failures(self.global_rank, self.round, doing="reduce a value"):
-            return super().reduce(tensor, group, reduce_op)
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
@@ -403,13 +351,8 @@ class CompressedDDPStrategy(DDPStrategy):
             return self._gradient_sync.rounds
         return 0 if self._local_steps is None else self._local_steps.sync.rounds
 
-    @property
-    def torn(self) -> bool:
-        """Whether an exchange failed in the middle of a step, so that ranks may hold different models."""
-        return self._watch.torn
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._watch.step(self.round, "training_step"):
+        with self.watch.step(self.round, "training_step"):
             return self._training_step(partial(super().training_step, *args, **kwargs))
 
     def _training_step(self, run: Callable[[], Any]) -> Any:
@@ -421,7 +364,7 @@ class CompressedDDPStrategy(DDPStrategy):
             return run()
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self._watch.step(self.round, "backward"), self._failures_of_the_wrapper("backward"):
+        with self.watch.step(self.round, "backward"), self._failures_of_the_wrapper("backward"):
             return super().backward(closure_loss, *args, **kwargs)
 
     def _failures_of_the_wrapper(self, doing: str) -> AbstractContextManager[None]:
@@ -442,7 +385,7 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._local_steps is not None:
             closure = partial(self._local_steps.guarded, optimizer, closure)
         run = partial(super().optimizer_step, optimizer, closure, model, **kwargs)
-        with self._watch.step(self.round, "optimizer_step"):
+        with self.watch.step(self.round, "optimizer_step"):
             output = run() if self._local_steps is None else self._local_steps.optimizer_step(optimizer, run)
         roll_call.now_at(self.round, "the hooks after a step")
         return output
@@ -458,22 +401,16 @@ class CompressedDDPStrategy(DDPStrategy):
             self._judged = sync.rounds
             self.guard.after_backward(list(sync.names), sync.forget_non_finite())
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._watch.guard_signals()
-        assert self.lightning_module is not None
-        begin_next_epoch(self.lightning_module.trainer)
-
     def on_validation_start(self) -> None:
         super().on_validation_start()
         if self._local_steps is not None:
-            with self._watch.step(self.round, "validation"):
+            with self.watch.step(self.round, "validation"):
                 self._local_steps.show_common()
 
     def on_train_end(self) -> None:
         super().on_train_end()
         if self._local_steps is not None:
-            with self._watch.step(self.round, "the end of training"):
+            with self.watch.step(self.round, "the end of training"):
                 self._local_steps.finish()
 
     # ---- figures ----------------------------------------------------------------------------------------------------
@@ -495,22 +432,6 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def adopt(self, header: Header) -> None:
         """Take over from a checkpoint's header what the arguments leave open, before an engine is built."""
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether an exception is ending what the trainer does, so that other ranks may be anywhere."""
-        module = self.lightning_module
-        return module is not None and is_interrupted(module.trainer)
-
-    @property
-    def writes_files_itself(self) -> bool:
-        """Whether checkpoints are Lightning's ordinary files, which this package can write atomically."""
-        return type(self.checkpoint_io) is TorchCheckpointIO
-
-    @property
-    def patience(self) -> float:
-        """Seconds after which a rank that does not answer counts as gone: the process group's time-out."""
-        return self._timeout.total_seconds() if self._timeout is not None else 1800.0
 
     @property
     def non_finite_steps(self) -> int:
@@ -538,20 +459,8 @@ class CompressedDDPStrategy(DDPStrategy):
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path = str(checkpoint_path)
-        try:  # from the network, too, nothing is loaded that could run code, unless asked for
-            checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
-        except (FileNotFoundError, IsADirectoryError):
-            raise
-        except Exception as error:  # a damaged file raises what it will
-            folder = os.path.dirname(path) or "."
-            newest = newest_whole_checkpoint(folder)
-            cure = (
-                f"Resume from `{newest}`, the newest whole checkpoint there" if newest else "Choose another checkpoint"
-            )
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise CheckpointError(f"`{path}` cannot be read safely ({reason}). {cure}.", path) from error
-        return self._rank_state.read(checkpoint, path)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        return self._rank_state.read(checkpoint, str(checkpoint_path))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(self._rank_state.restore(checkpoint))

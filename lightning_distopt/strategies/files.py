@@ -4,20 +4,48 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lightning_distopt.errors import CheckpointError
 
-__all__ = ["is_local", "save_atomically", "sync_folder"]
+__all__ = ["can_replace", "is_local", "save_atomically", "save_checkpoint", "sync_folder"]
 
 
 def is_local(path: str) -> bool:
     """Whether a path is one of this machine's file system."""
     return "://" not in path or path.startswith(("file://", "local://"))
+
+
+def can_replace(path: str, plugin: Any) -> bool:
+    """Whether a checkpoint is written here, by one move, and not by a plugin; Lightning's own goes through another disk."""
+    return type(plugin) is TorchCheckpointIO and is_local(path) and not os.path.isdir(path)
+
+
+def save_checkpoint(content: Any, path: str, plugin: Any, write: Callable[[], None]) -> None:
+    """Write a checkpoint to ``path``: whole or not at all, where :func:`can_replace`.
+
+    Args:
+        content: of the checkpoint.
+        path: where.
+        plugin: the ``CheckpointIO`` of the strategy.
+        write: writes it by that plugin.
+
+    Raises:
+        CheckpointError: naming the path, if it cannot be written.
+    """
+    if can_replace(path, plugin):
+        save_atomically(content, path)
+        return
+    try:
+        write()
+    except OSError as error:
+        raise CheckpointError(f"`{path}` could not be written: {error}.", path) from error
 
 
 def save_atomically(content: Any, path: str) -> None:

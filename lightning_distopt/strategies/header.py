@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_distopt.errors import CheckpointError
 from lightning_distopt.strategies.random_states import check_random_states
 
-__all__ = ["KEY", "Header", "check_sidecar", "read_header"]
+__all__ = ["KEY", "Header", "check_engine", "check_sidecar", "read_header"]
 
 KEY = "lightning_distopt"
 _FORMAT = 2
@@ -102,7 +102,7 @@ def _checked(values: Any) -> Header:
     if not _SAVE_ID.fullmatch(values["save_id"]):
         raise ValueError(f"its `save_id` is {_shown(values['save_id'])}, not letters, digits, '-' and '_'")
     shared = values["shared"]
-    _check_engine({k: v for k, v in shared.items() if k in ("rounds", "rates", "mean", "outer", "flight")})
+    check_engine({k: v for k, v in shared.items() if k in ("rounds", "rates", "mean", "outer", "flight")})
     decision = values.get("decision")
     if decision is not None and not (
         isinstance(decision, dict) and all(type(value) in (str, int, float) for value in decision.values())
@@ -126,14 +126,14 @@ def check_sidecar(content: Mapping[str, Any], save_id: str, rank: int) -> None:
     for name, kind in (("state", dict), ("optimizers", list), ("random", dict), ("loaders", list)):
         if not isinstance(content.get(name), kind):
             raise TypeError(f"its `{name}` is {_shown(content.get(name))}, not a {kind.__name__}")
-    _check_engine(content["state"])
+    check_engine(content["state"])
     for optimizer in content["optimizers"]:
         if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= optimizer.keys():
             raise TypeError("an entry of its `optimizers` is not an optimizer's state")
     check_random_states(content["random"])
 
 
-def _check_engine(state: Mapping[str, Any]) -> None:
+def check_engine(state: Mapping[str, Any]) -> None:
     """Check the parts of an engine's state that are used by name; what nobody reads may be anything."""
     for key, value in _items(state, "buffers"):
         if not isinstance(value, Tensor) or value.is_sparse:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_distopt.model_parallel.ends import Head, authors_split, balance_ends
 from lightning_distopt.model_parallel.layered import LayeredModule, loss_of
-from lightning_distopt.model_parallel.partition import LayerCost, costs_by_parameters, measure
+from lightning_distopt.model_parallel.partition import LayerCost, costs_by_parameters
 from lightning_distopt.model_parallel.staleness import BackwardWeights, Keep, TiedGrad, Timetable
 from lightning_distopt.strategies.checks import choice, flag
 from lightning_distopt.strategies.stale_pipeline import StalePipelineStrategy
@@ -108,9 +108,9 @@ class OuroborosStrategy(StalePipelineStrategy):
             )
         target = getattr(module, "example_target_array", None)
         if target is not None:
-            *costs, loss = measure({**layers, "loss": _WithTarget(module, target)}, module.example_input_array)
+            *costs, loss = self._measured(module, {**layers, "loss": _WithTarget(module, target)})
             return tuple(costs), Head(loss.milliseconds, memory)
-        found = measure(layers, module.example_input_array)
+        found = self._measured(module, layers)
         sizes = sum(self._sizes(module, layers))
         a_parameter = sum(c.milliseconds for c in found) / sizes if sizes else 0.0
         return found, Head(a_parameter * sum(p.numel() for p in held), memory)

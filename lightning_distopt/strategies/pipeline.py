@@ -15,12 +15,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_distopt.data_parallel.non_finite import NonFinite
+from lightning_distopt.exchange import roll_call
 from lightning_distopt.model_parallel.block import Block
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of, stateful_names
 from lightning_distopt.model_parallel.ties import find_ties
 from lightning_distopt.model_parallel.transport import Channel, Endpoint, Receiver, Sender
 from lightning_distopt.strategies.checks import choice, count
+from lightning_distopt.strategies.compat import without_greetings_to_itself
 from lightning_distopt.strategies.no_data import NO_BATCH
+from lightning_distopt.strategies.stage_guard import judge_gradients
 from lightning_distopt.strategies.staged import StagedStrategy
 
 __all__ = ["SCHEDULES", "PipelineStrategy", "ScheduleName"]
@@ -69,6 +73,8 @@ class PipelineStrategy(StagedStrategy):
         schedule: "1f1b" (few activations alive), "gpipe", "interleaved" (each device has several blocks), "zero_bubble" (two
             blocks a device in a V, backward split in two), "interleaved_zero_bubble".
         chunks_per_device: blocks a device of the interleaved schedules, >= 2.
+        non_finite: what all devices do in a step in which a gradient on any of them holds a NaN or an infinity: "raise",
+            "skip" the step, or "zero" the bad entries; counted in ``non_finite_steps``.
         **options: of all pipelines: ``cuts``, ``balance``, ``memory_limit_mb``, ``compressor``, ``error_feedback``,
             ``start_method``, ``timeout`` (seconds), ``process_group_backend``; see ``StagedStrategy``.
 
@@ -78,6 +84,7 @@ class PipelineStrategy(StagedStrategy):
 
     strategy_name: ClassVar[str] = "pipeline"
     handles_window: ClassVar[bool] = True
+    updates_with_batches: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -85,9 +92,12 @@ class PipelineStrategy(StagedStrategy):
         microbatches: int | None = None,
         schedule: ScheduleName = "1f1b",
         chunks_per_device: int = 2,
+        non_finite: NonFinite = "raise",
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.non_finite: NonFinite = choice("non_finite", non_finite, NonFinite)
+        self.non_finite_steps = 0
         self.schedule: ScheduleName = choice("schedule", schedule, ScheduleName)
         self.devices = None if stages is None else count("stages", stages, 1)
         self.microbatches = None if microbatches is None else count("microbatches", microbatches, 1)
@@ -226,7 +236,7 @@ class PipelineStrategy(StagedStrategy):
             x, target = self._module.split_batch(batch)
         signatures = [_signature(x) if 0 in self.blocks else ()]
         if self.workers > 1:
-            dist.broadcast_object_list(signatures, self.rank_of(0), group=self._pipe)
+            self.broadcast_objects(signatures, self.rank_of(0), self._pipe)
         signature = signatures[0]
         number, self._steps = self._steps, self._steps + 1
         sender, receiver = self._targets
@@ -238,7 +248,8 @@ class PipelineStrategy(StagedStrategy):
         losses: list[Tensor] = []
         inputs = (x if isinstance(x, tuple) else (x,)) if 0 in self.blocks else ()
         last = self.stages - 1 in self.blocks
-        output = schedule.step(*inputs, **({"target": target, "losses": losses} if last else {}))
+        with roll_call.during("pass micro-batches along", waiting=True):
+            output = schedule.step(*inputs, **({"target": target, "losses": losses} if last else {}))
         for parameter in self._own():
             # Torch would divide once a stage, and so twice what two stages of this device share.
             if parameter.grad is not None:
@@ -280,14 +291,15 @@ class PipelineStrategy(StagedStrategy):
                 stage = pipelining.PipelineStage(piece, k, self.stages, self.root_device, group=self._pipe)
                 if stateful_names(piece.layers):
                     piece.follow(stage)
-                stages.append(stage)
+                stages.append(without_greetings_to_itself(stage))
             held = stages if made.chunks > 1 else stages[0]
             schedule = getattr(pipelining, kind)(held, pieces, loss_fn=self._loss, scale_grads=False)
             self._prepared[signature] = schedule, pieces
         return self._prepared[signature]
 
     def _loss(self, output: Any, target: Any) -> Tensor:
-        return loss_of(self._module, output, target)
+        with roll_call.during("loss", waiting=False):
+            return loss_of(self._module, output, target)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Hand over the gradients that the schedule made."""
@@ -299,6 +311,17 @@ class PipelineStrategy(StagedStrategy):
         closure_loss = self.precision_plugin.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Any, model: pl.LightningModule | nn.Module | None = None, **kwargs: Any
+    ) -> Any:
+        def judged() -> Any:
+            loss = closure()
+            found = judge_gradients(self.non_finite, self._own(), self._names, self.round, self.meter, self.root_device)
+            self.non_finite_steps += found
+            return loss
+
+        return super().optimizer_step(optimizer, judged, model, **kwargs)
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -347,6 +370,10 @@ class _Piece(nn.Module):
         stage.forward_one_chunk = forward_one_chunk
 
     def forward(self, *args: Any) -> Any:
+        with roll_call.during("forward", waiting=False):
+            return self._forward(*args)
+
+    def _forward(self, *args: Any) -> Any:
         x = args[0] if len(args) == 1 else args
         if self._microbatch is None:
             return self.block(x)[0]

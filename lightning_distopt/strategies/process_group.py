@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,13 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
+from lightning_distopt.errors import CheckpointError
+from lightning_distopt.exchange import network_failures, roll_call
+from lightning_distopt.strategies import files
 from lightning_distopt.strategies.checks import positive
-from lightning_distopt.strategies.compat import connect_processes, launcher_for
+from lightning_distopt.strategies.compat import begin_next_epoch, connect_processes, is_interrupted, launcher_for
+from lightning_distopt.strategies.watch import Watch, watched
+from lightning_distopt.strategies.whole import read_safely
 
 __all__ = ["ProcessGroupStrategy", "StartMethod"]
 
@@ -25,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class ProcessGroupStrategy(ParallelStrategy):
-    """One process a device, connected by a process group.
+    """One process a device, connected by a process group; a failure of one ends the others with an error that names it.
 
     Args:
         start_method: "popen" (the script is run again for each device), "spawn", "fork" or "forkserver".
@@ -54,6 +61,28 @@ class ProcessGroupStrategy(ParallelStrategy):
         self.timeout = positive("timeout", timeout)
         self.process_group_backend = process_group_backend
         self._machines = 1
+        self.watch = Watch(self)
+
+    _watched: ClassVar[dict[str, bool]] = {
+        "setup": False,
+        "training_step": False,
+        "validation_step": False,
+        "test_step": False,
+        "predict_step": False,
+        "backward": False,
+        "optimizer_step": False,
+        "lightning_module_state_dict": True,
+        "optimizer_state": True,
+        "save_checkpoint": True,
+        "on_train_end": True,
+    }
+    """What Lightning calls while ranks depend on each other, and whether it does nothing but talk to them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, waiting in cls._watched.items():
+            if name in vars(cls):
+                setattr(cls, name, watched(vars(cls)[name], waiting))
 
     @property
     def is_distributed(self) -> bool:
@@ -90,6 +119,7 @@ class ProcessGroupStrategy(ParallelStrategy):
         connect_processes(
             self.cluster_environment, self.process_group_backend, self.root_device, timedelta(seconds=self.timeout)
         )
+        self.watch.begin()
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment this process's rank."""
@@ -98,16 +128,62 @@ class ProcessGroupStrategy(ParallelStrategy):
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
+    # ---- when a rank fails ------------------------------------------------------------------------------------------
+
+    @property
+    def round(self) -> int:
+        """Number of the step that this rank is in."""
+        module = self.lightning_module
+        return 0 if module is None or module._trainer is None else int(module.trainer.global_step)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether an exception is ending what the trainer does, so that other ranks may be anywhere."""
+        module = self.lightning_module
+        return module is not None and module._trainer is not None and is_interrupted(module.trainer)
+
+    @property
+    def torn(self) -> bool:
+        """Whether an exchange failed in the middle of a step, so that stages may not fit together."""
+        return self.watch.torn
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.watch.guard_signals()
+        assert self.lightning_module is not None
+        begin_next_epoch(self.lightning_module.trainer)
+
+    def on_exception(self, exception: BaseException) -> None:
+        roll_call.leave_last_words(f"{type(exception).__name__}: {exception}")
+        super().on_exception(exception)
+
+    def teardown(self) -> None:
+        self.watch.end()
+        super().teardown()
+
+    # ---- collectives of Lightning's ---------------------------------------------------------------------------------
+
     def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized():
+        if not dist.is_initialized() or self.torn or self.is_ending:
+            return  # the others are elsewhere
+        with network_failures(self.global_rank, self.round, doing="meet at a barrier"):
             dist.barrier()
 
     def broadcast(self, obj: _T, src: int = 0) -> _T:
         if not dist.is_initialized():
             return obj
         objects = [obj]
-        dist.broadcast_object_list(objects, src)
+        self.broadcast_objects(objects, src)
         return objects[0]
+
+    def broadcast_objects(self, objects: list[Any], src: int, group: dist.ProcessGroup | None = None) -> None:
+        """Give all processes of a group the objects that one has; pickled, since ranks trust one another.
+
+        Raises:
+            ExchangeError: if it failed or timed out.
+        """
+        with network_failures(self.global_rank, self.round, doing="broadcast an object"):
+            dist.broadcast_object_list(objects, src, group=group)
 
     def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Tensor | Any:
         if not isinstance(tensor, Tensor) or not dist.is_initialized():
@@ -115,7 +191,33 @@ class ProcessGroupStrategy(ParallelStrategy):
         mean = reduce_op is None or str(reduce_op).lower() in ("mean", "avg", "reduceop.avg", "redoptype.avg")
         op = dist.ReduceOp.SUM if mean or str(reduce_op).lower() == "sum" else reduce_op
         total = tensor.clone()
-        dist.all_reduce(total, op=op, group=group)
+        with network_failures(self.global_rank, self.round, doing="reduce a value"):
+            dist.all_reduce(total, op=op, group=group)
         if not mean:
             return total
         return total / dist.get_world_size(group)
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write the file on rank 0, whole or not at all.
+
+        Raises:
+            CheckpointError: on all ranks, naming the path, if it could not be written; training can go on.
+        """
+        path, said = os.fspath(filepath), [""]
+        if self.is_global_zero:
+            write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
+            try:
+                files.save_checkpoint(checkpoint, path, self.checkpoint_io, write)
+            except CheckpointError as error:
+                said = [str(error)]
+        if dist.is_initialized():
+            self.broadcast_objects(said, 0)
+        if said[0]:
+            raise CheckpointError(said[0], path)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        # From the network, too, nothing is loaded that could run code, unless asked for.
+        load = partial(super().load_checkpoint, checkpoint_path, weights_only=weights_only is not False)
+        return read_safely(str(checkpoint_path), load)

@@ -39,6 +39,7 @@ from lightning_distopt.strategies.checkpoint import (
 )
 from lightning_distopt.strategies.compat import default_store
 from lightning_distopt.strategies.header import KEY, Header, check_sidecar, read_header
+from lightning_distopt.strategies.loader_places import end_unless_inside, is_inside_epoch, places_of, with_places
 from lightning_distopt.strategies.random_states import collect_random_states, restore_random_states
 from lightning_distopt.strategies.whole import newest_whole_checkpoint
 
@@ -113,7 +114,11 @@ class RankState:
             if header is not None:
                 self._together(path, lambda: self._write_own(checkpoint, header, path), ending)
             self._together(
-                path, (lambda: self._write_main(checkpoint, path, write)) if self._is_first else None, ending
+                path,
+                (lambda: files.save_checkpoint(checkpoint, path, strategy.checkpoint_io, write))
+                if self._is_first
+                else None,
+                ending,
             )
         except CheckpointError as error:
             if header is not None:
@@ -124,7 +129,7 @@ class RankState:
             return
         if header is not None and self._is_first:
             # A plugin of the user's may still be writing the file that replaces the one of before.
-            before = "" if self._replaces(path) else self._last_saves.get(path, "")
+            before = "" if files.can_replace(path, strategy.checkpoint_io) else self._last_saves.get(path, "")
             self._last_saves[path] = header.save_id
             forget_other_saves(path, header.save_id, before)
 
@@ -150,13 +155,11 @@ class RankState:
             algorithm=strategy.strategy_name,
             error_feedback=_feedback(strategy),
             save_id=f"{strategy.run_id}-{checkpoint.get('epoch')}-{checkpoint.get('global_step')}-{batches}-{self._saves}",
-            inside_epoch=bool(batches) and not epoch.get("is_last_batch", True),
+            inside_epoch=is_inside_epoch(checkpoint),
             shared={k: v for k, v in state.items() if (k in _SHARED if strategy.sends_updates else k not in _OWN)},
             decision=strategy.decision,
         )
-        loaders = _loaders(checkpoint)
-        if not header.inside_epoch:  # the next epoch begins at the first batch, also where this one was cut short
-            loaders[:] = [ResumableLoader.at_end(place) for place in loaders]
+        end_unless_inside(checkpoint)
         checkpoint[KEY] = header.as_dict()
         return header
 
@@ -178,22 +181,9 @@ class RankState:
             "state": state,
             "optimizers": [optimizer.state_dict() for optimizer in strategy.optimizers] if own else [],
             "random": collect_random_states(),
-            "loaders": list(_loaders(checkpoint)),
+            "loaders": list(places_of(checkpoint)),
         }
         write_sidecar(path, header.save_id, strategy.global_rank, content)
-
-    def _write_main(self, checkpoint: dict[str, Any], path: str, write: Callable[[], None]) -> None:
-        if self._replaces(path):
-            files.save_atomically(checkpoint, path)
-            return
-        try:
-            write()
-        except OSError as error:
-            raise CheckpointError(f"`{path}` could not be written: {error}.", path) from error
-
-    def _replaces(self, path: str) -> bool:
-        """Whether the checkpoint is written by this package, by one move; Lightning's own goes through another disk."""
-        return self._strategy.writes_files_itself and files.is_local(path) and not os.path.isdir(path)
 
     def _together(self, path: str, work: Callable[[], None] | None, ending: bool) -> None:
         """Let all ranks do their part, and know that all could."""
@@ -261,7 +251,7 @@ class RankState:
         if header is None:
             return checkpoint
         strategy.adopt(header)
-        if header.inside_epoch and not _loaders(checkpoint):
+        if header.inside_epoch and not places_of(checkpoint):
             rank_zero_warn(
                 f"`{os.path.basename(path)}` was saved inside of an epoch, by a run whose loader could not tell its place: the "
                 "epoch begins again with its first batch, so the continuation is not exact. Use `ResumableLoader` (or another "
@@ -278,7 +268,7 @@ class RankState:
         self._found = content
         if content is None or not content["loaders"]:
             return checkpoint
-        return _with_loaders(checkpoint, content["loaders"])
+        return with_places(checkpoint, content["loaders"])
 
     def _read_all(self, checkpoint: dict[str, Any], header: Header) -> dict[str, Any]:
         strategy, world = self._strategy, header.world_size
@@ -308,7 +298,7 @@ class RankState:
             state = merge_states(states(), world)
             self._report(reasons, header)
             self._found = {"state": state, "optimizers": [], "random": None}
-        return _with_loaders(checkpoint, [ResumableLoader.at_end(place) for place in _loaders(checkpoint)])
+        return with_places(checkpoint, [ResumableLoader.at_end(place) for place in places_of(checkpoint)])
 
     def _checked(self, rank: int, header: Header, reasons: dict[int, str]) -> dict[str, Any] | None:
         """Return a rank's sidecar if all of it can be used, else note why not."""
@@ -394,20 +384,3 @@ def _feedback(strategy: CompressedDDPStrategy) -> str:
     """Return the kind of error feedback that says in which units residuals are, if there are any."""
     forgets = strategy.sends_updates and strategy.error_feedback == "none"
     return "local" if forgets else strategy.error_feedback
-
-
-def _loaders(checkpoint: Mapping[str, Any]) -> list[Any]:
-    """Return the places of this rank's loaders in a checkpoint; the list itself, if there is one."""
-    loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
-    found = loop.get("combined_loader", [])
-    return found if isinstance(found, list) else []
-
-
-def _with_loaders(checkpoint: dict[str, Any], places: list[Any]) -> dict[str, Any]:
-    """Return a checkpoint with these places, if it has any."""
-    if not _loaders(checkpoint):
-        return checkpoint
-    loops = checkpoint["loops"]
-    loop = loops["fit_loop"]
-    state = {**loop["state_dict"], "combined_loader": places}
-    return {**checkpoint, "loops": {**loops, "fit_loop": {**loop, "state_dict": state}}}

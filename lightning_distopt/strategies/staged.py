@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,13 +26,15 @@ from torch.optim import Optimizer
 from lightning_distopt.compressors import Compressor, Specification
 from lightning_distopt.compressors.text import as_compressor
 from lightning_distopt.exchange import Meter
-from lightning_distopt.model_parallel.block import Block, States
+from lightning_distopt.model_parallel.block import Block
 from lightning_distopt.model_parallel.layered import LayeredModule, batch_size_of, checked_layers, loss_of
-from lightning_distopt.model_parallel.partition import Partition, balance, costs_by_parameters, measure
+from lightning_distopt.model_parallel.partition import LayerCost, Partition, balance, costs_by_parameters, measure
+from lightning_distopt.model_parallel.passage import Passage
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback, ReplicaMean
 from lightning_distopt.model_parallel.structure import map_tensors
-from lightning_distopt.model_parallel.transport import Channel, Endpoint, LocalChannel, Receiver, Sender
+from lightning_distopt.resumable_loader import ResumableLoader
 from lightning_distopt.strategies.checks import choice, positive
+from lightning_distopt.strategies.loader_places import end_unless_inside, places_of, with_places
 from lightning_distopt.strategies.named_optimizer import (
     Layout,
     keep_only,
@@ -41,13 +44,17 @@ from lightning_distopt.strategies.named_optimizer import (
     own_state,
 )
 from lightning_distopt.strategies.no_data import NO_BATCH, NoData
+from lightning_distopt.strategies.random_states import collect_random_states, restore_random_states
+from lightning_distopt.strategies.replica_state import check_added, merge_parts, state_for
+from lightning_distopt.strategies.stage_averages import StageAverages
 from lightning_distopt.strategies.stage_groups import StageGroups
 from lightning_distopt.strategies.staged_checks import checked_feedback, refuse_what_pipelines_cannot
 
-__all__ = ["Balance", "StagedStrategy"]
+__all__ = ["KEY", "Balance", "StagedStrategy"]
 
+KEY = "lightning_distopt_pipeline"
+"""Of what pipelines add to a checkpoint."""
 Balance = Literal["auto", "time", "parameters", "layers"]
-_EVALUATION = 4096  # tags from here on belong to evaluation
 
 
 class StagedStrategy(StageGroups):
@@ -64,6 +71,7 @@ class StagedStrategy(StageGroups):
     """
 
     handles_window: ClassVar[bool] = False  # whether Lightning's accumulation of gradients applies
+    updates_with_batches: ClassVar[bool] = False  # whether all stages update where Lightning counts a step
 
     def __init__(
         self,
@@ -85,9 +93,8 @@ class StagedStrategy(StageGroups):
         self.blocks: dict[int, Block] = {}
         self.layout: Layout = []
         self._names: dict[nn.Parameter, str] = {}
-        self._evaluation: dict[int, tuple[Channel | None, Channel | None]] = {}
-        self._evaluated = 0
-        self._evaluation_states: dict[int, States] = {}
+        self._passage: Passage | None = None
+        self.averages: list[StageAverages] = []
         self._seed = 0
         self._mean: ReplicaMean | None = None
 
@@ -119,7 +126,17 @@ class StagedStrategy(StageGroups):
                 if tensor.numel():
                     dist.broadcast(tensor.detach(), self.worker, group=self._siblings)
         shared = self._seed - self.replica  # what replicas draw together must not depend on the replica
-        self._mean = ReplicaMean(self._names, self._siblings, self.meter, self.compressor, self.error_feedback, shared)
+        own = {parameter: self._names[parameter] for parameter in self._own()}
+        self._mean = ReplicaMean(own, self._siblings, self.meter, self.compressor, self.error_feedback, shared)
+
+    def _start_averages(self, trainer: pl.Trainer) -> None:
+        """Take over the averaging of weights from Lightning's callbacks."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self.averages = [
+            StageAverages(callback, self.blocks, self._every, alone=not self.updates_with_batches)
+            for callback in callbacks
+            if isinstance(callback, WeightAveraging)
+        ]
 
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
@@ -137,7 +154,9 @@ class StagedStrategy(StageGroups):
         self.model_to_device()
         if fitting:
             self._start_replicas()
-        self._open_evaluation()
+            self._start_averages(trainer)
+        ranks = [self.rank_of(stage) for stage in range(self.stages)]
+        self._passage = Passage(self.blocks, ranks, self.global_rank, self.meter, self.timeout, self.root_device)
         self.setup_precision_plugin()
 
     def _cut(self, module: LayeredModule) -> None:
@@ -154,10 +173,18 @@ class StagedStrategy(StageGroups):
                 f"`devices` must leave every stage a layer: got {self.stages} stages on {self.workers} devices for {len(names)} "
                 f"layers. Use at most {most} of them for a copy of the model, or split `self.layers` finer."
             )
-        found = None
+        found: Any = None
         if self.global_rank == 0:
-            found = self._balanced(module, layers) if self.cuts is None else (self.cuts, costs_by_parameters(layers))
-        cuts, costs = self.broadcast(found)  # type: ignore[misc]
+            try:
+                found = (
+                    self._balanced(module, layers) if self.cuts is None else (self.cuts, costs_by_parameters(layers))
+                )
+            except (ValueError, MisconfigurationException) as error:
+                found = error.with_traceback(None)
+        found = self.broadcast(found)
+        if isinstance(found, Exception):
+            raise found  # on all ranks
+        cuts, costs = found
         self.partition = Partition(names, tuple(cuts), costs)
         loss = module.loss if isinstance(module.loss, nn.Module) else None
         every = {
@@ -177,13 +204,16 @@ class StagedStrategy(StageGroups):
 
     def _balanced(self, module: LayeredModule, layers: Mapping[str, nn.Module]) -> tuple[tuple[int, ...], Any]:
         by_time = self._by_time(module)
-        costs = measure(layers, module.example_input_array) if by_time else costs_by_parameters(layers)
+        costs = self._measured(module, layers) if by_time else costs_by_parameters(layers)
         weights = [c.milliseconds for c in costs] if by_time else [float(c.parameters) for c in costs]
         if self.balance == "layers":
             weights = [1.0] * len(costs)
         memory = [float(sum(p.nbytes for p in layer.parameters())) for layer in layers.values()]
         limit = None if self.memory_limit_mb is None else self.memory_limit_mb * 2**20
         return balance(weights, self.stages, memory, limit), costs
+
+    def _measured(self, module: LayeredModule, layers: Mapping[str, nn.Module]) -> tuple[LayerCost, ...]:
+        return measure(layers, module.example_input_array, device=self.root_device)
 
     def _by_time(self, module: LayeredModule) -> bool:
         """Whether layers are balanced by measured time.
@@ -257,7 +287,7 @@ class StagedStrategy(StageGroups):
         return self.lightning_module
 
     def teardown(self) -> None:
-        self._evaluation, self._mean = {}, None
+        self._passage, self._mean, self.averages = None, None, []
         super().teardown()
 
     # ---- data -------------------------------------------------------------------------------------------------------
@@ -271,34 +301,12 @@ class StagedStrategy(StageGroups):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    def _open_evaluation(self) -> None:
-        self._evaluated, self._evaluation = 0, {}
-        for hop in range(self.stages - 1):
-            before, after = self.rank_of(hop), self.rank_of(hop + 1)
-            sender: Channel | None = None
-            receiver: Channel | None = None
-            if before == after == self.global_rank:
-                sender = receiver = LocalChannel(hop + 1)
-            elif before == self.global_rank:
-                sender = Sender(
-                    Endpoint(hop, after, _EVALUATION + 2 * hop, "evaluation"),
-                    1,
-                    1,
-                    None,
-                    self.meter,
-                    self.timeout,
-                    self.root_device,
-                )
-            elif after == self.global_rank:
-                receiver = Receiver(
-                    Endpoint(hop + 1, before, _EVALUATION + 2 * hop, "evaluation"),
-                    1,
-                    None,
-                    self.meter,
-                    self.timeout,
-                    self.root_device,
-                )
-            self._evaluation[hop] = (sender, receiver)
+    def from_all(self, figures: dict[str, float]) -> dict[str, float]:
+        """Return the figures of all processes of this pipeline; each has names of its own."""
+        parts: list[Any] = [figures] * self.workers
+        if self.workers > 1:
+            dist.all_gather_object(parts, figures, group=self._pipe)
+        return {name: value for part in parts for name, value in part.items()}
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.val_step_context():
@@ -314,13 +322,13 @@ class StagedStrategy(StageGroups):
             x = None
             if batch is not NO_BATCH:
                 x = self._module.split_batch(batch)[0] if isinstance(batch, (tuple, list)) else batch
-            output, _ = self._through(x, None)
+            output, _ = self._passed(x, None)
             return self._from_last(output)
 
     def _evaluate(self, name: str, batch: Any, *args: Any, **kwargs: Any) -> Any:
         module = self._module
         x, target = (None, None) if batch is NO_BATCH else module.split_batch(batch)
-        output, target = self._through(x, target)
+        output, target = self._passed(x, target)
         found = None
         if self.stages - 1 in self.blocks:
             found = {"loss": loss_of(module, output, target), **module.metrics(output, target)}, batch_size_of(output)
@@ -328,30 +336,20 @@ class StagedStrategy(StageGroups):
         module.log_figures(name, figures, size)
         return figures["loss"]
 
-    def _through(self, x: Any, target: Any) -> tuple[Any, Any]:
-        """Pass a batch through all stages; return output and target in the process of the last one."""
-        number, self._evaluated = self._evaluated, self._evaluated + 1
-        for stage, block in sorted(self.blocks.items()):
-            if stage > 0:
-                receiver = self._evaluation[stage - 1][1]
-                assert receiver is not None
-                x, target = receiver.receive(number)
-            x, self._evaluation_states[stage] = block(x, self._evaluation_states.get(stage, {}))
-            if stage < self.stages - 1:
-                sender = self._evaluation[stage][0]
-                assert sender is not None
-                sender.send(number, (x, target))
-        return x, target
+    def _passed(self, x: Any, target: Any) -> tuple[Any, Any]:
+        assert self._passage is not None
+        return self._passage.run(x, target)
 
     def _from_last(self, found: Any) -> Any:
         if self.workers == 1:
             return found
         objects = [map_tensors(lambda t: t.detach().cpu(), found) if self.stages - 1 in self.blocks else None]
-        dist.broadcast_object_list(objects, self.rank_of(self.stages - 1), group=self._pipe)
+        self.broadcast_objects(objects, self.rank_of(self.stages - 1), self._pipe)
         return map_tensors(lambda t: t.to(self.root_device), objects[0])
 
     def _begin_evaluation(self) -> None:
-        self._evaluation_states = {}
+        assert self._passage is not None
+        self._passage.forget()
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
@@ -369,10 +367,12 @@ class StagedStrategy(StageGroups):
 
     def share_weights(self) -> None:
         """Let every process have the whole model: owners broadcast their layers."""
-        if self.workers == 1 or not self.blocks:
-            return
+        if self.workers > 1 and self.blocks:
+            self._share(self._every)
+
+    def _share(self, every: Mapping[int, Block]) -> None:
         sent: set[int] = set()
-        for stage, block in self._every.items():
+        for stage, block in every.items():
             tensors = [t for t in (*block.parameters(), *block.buffers()) if t.numel() and id(t) not in sent]
             sent.update(map(id, tensors))  # what several stages share is the same parameter in each process
             for tensor in tensors:
@@ -382,8 +382,16 @@ class StagedStrategy(StageGroups):
                     with torch.no_grad():
                         tensor.copy_(value)
 
+    def share_averages(self) -> None:
+        """Let every process have the averages of the whole model, for Lightning's callbacks."""
+        for averages in self.averages:
+            averages.settle()
+            if self.workers > 1:
+                self._share(averages.every)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         self.share_weights()
+        self.share_averages()
         return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -396,6 +404,51 @@ class StagedStrategy(StageGroups):
             dist.all_gather_object(parts, part, group=self._pipe)
         return merge_states(parts, self.layout)
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if "optimizer_states" in checkpoint and self.blocks:
+            end_unless_inside(checkpoint)
+            parts: list[Any] = [(self.replica, self._own_part(checkpoint))]
+            if self.world_size > 1:
+                gathered: list[Any] = [None] * self.world_size
+                dist.gather_object(parts[0], gathered if self.is_global_zero else None)
+                parts = gathered
+            if self.is_global_zero:
+                checkpoint.setdefault(KEY, {})["replicas"] = merge_parts(parts, self.replicas)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _own_part(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what this process has of the state of its replica, on the CPU."""
+        part: dict[str, Any] = {} if self._mean is None else self._mean.state_dict()
+        part = {**part, "random": {str(self.worker): collect_random_states()}}
+        if 0 in self.blocks:  # it reads the data
+            part = {**part, "loaders": list(places_of(checkpoint))}
+        return map_tensors(Tensor.cpu, part)  # type: ignore[no-any-return]
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        check_added(checkpoint.get(KEY, {}), str(checkpoint_path))
+        saved = checkpoint.get(KEY, {}).get("replicas", [])
+        if not saved:
+            return checkpoint
+        if len(saved) == self.replicas:
+            return with_places(checkpoint, saved[self.replica].get("loaders", []))
+        rank_zero_warn(
+            f"`{checkpoint_path}` was written by {len(saved)} replicas and this run has {self.replicas}: residuals were merged "
+            f"so that their mean is kept, and an epoch that was not over is drawn anew. Resume with {len(saved)} replicas for an "
+            "exact continuation."
+        )
+        return with_places(checkpoint, [ResumableLoader.at_end(place) for place in places_of(checkpoint)])
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             load_state(optimizer, saved, self._names, self.layout)
+        mine = self._part_of(checkpoint)
+        if self._mean is not None:
+            self._mean.load_state_dict(mine)
+        random = mine.get("random", {}).get(str(self.worker))
+        if random is not None:
+            restore_random_states(random)
+
+    def _part_of(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint has for this replica."""
+        return state_for(checkpoint.get(KEY, {}).get("replicas", []), self.replica, self.replicas)

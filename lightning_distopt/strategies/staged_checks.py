@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -55,12 +55,17 @@ def refuse_what_pipelines_cannot(strategy: ParallelStrategy, trainer: pl.Trainer
             f"`{name}` counts batches by its own: got `accumulate_grad_batches={trainer.accumulate_grad_batches}`. Use "
             "the strategy's `accumulate`."
         )
-    for kind in (OnExceptionCheckpoint, StochasticWeightAveraging, WeightAveraging):
+    for kind in (OnExceptionCheckpoint, StochasticWeightAveraging):
         if any(isinstance(callback, kind) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 f"`{name}` does not go with {kind.__name__}, which handles the whole model in each process while a "
                 "pipeline is running. Leave it out."
             )
+    if any(getattr(callback, "save_on_exception", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            f"`{name}` cannot gather the model after an exception, when its processes may be anywhere: got "
+            "`ModelCheckpoint(save_on_exception=True)`. Leave it out, and save every so many steps."
+        )
 
 
 def checked_feedback(compressor: Compressor | Specification | None, asked: ReplicaFeedback | None) -> ReplicaFeedback:

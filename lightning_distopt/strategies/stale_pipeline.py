@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distopt.errors import NonFiniteError
-from lightning_distopt.model_parallel.block import Block, States
+from lightning_distopt.exchange.meter import ring_all_reduce_bytes
+from lightning_distopt.model_parallel.block import Block
 from lightning_distopt.model_parallel.connect import connect, settle
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of
 from lightning_distopt.model_parallel.stage import BnUpdate, Stage
@@ -33,12 +34,11 @@ from lightning_distopt.strategies.compat import silence_sigterm_broadcast
 from lightning_distopt.strategies.no_data import NO_BATCH
 from lightning_distopt.strategies.pipeline_monitor import PipelineMonitor
 from lightning_distopt.strategies.schedule_clock import ScheduleClock
-from lightning_distopt.strategies.staged import StagedStrategy
+from lightning_distopt.strategies.staged import KEY, StagedStrategy
 
 __all__ = ["NonFinite", "StalePipelineStrategy"]
 
 NonFinite = Literal["skip", "raise"]
-_KEY = "lightning_distopt_pipeline"
 
 
 class StalePipelineStrategy(StagedStrategy):
@@ -83,6 +83,7 @@ class StalePipelineStrategy(StagedStrategy):
     """
 
     strategy_name: ClassVar[str] = "stale_pipeline"
+    counts_bytes: ClassVar[bool] = True  # all that is sent in a fit is in ``meter``
 
     def __init__(
         self,
@@ -122,6 +123,8 @@ class StalePipelineStrategy(StagedStrategy):
         self._deposits: dict[nn.Parameter, Tensor] | None = None
         self._loss = torch.zeros(())
         self._epoch_is_over = False
+        self._ended: dict[str, int] | None = None
+        self._dense_bytes = 0
         self._modes: dict[nn.Module, bool] = {}
 
     # ---- plan -------------------------------------------------------------------------------------------------------
@@ -170,7 +173,7 @@ class StalePipelineStrategy(StagedStrategy):
             self._build()
             silence_sigterm_broadcast(trainer)
             if not any(isinstance(callback, PipelineMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-                trainer.callbacks.append(PipelineMonitor())  # type: ignore[attr-defined]
+                trainer.callbacks.insert(0, PipelineMonitor())  # type: ignore[attr-defined]
 
     def _build(self) -> None:
         plan, module, last = self.plan, self._module, self.stages - 1
@@ -198,6 +201,9 @@ class StalePipelineStrategy(StagedStrategy):
         self.skipped = 0
         self.figures = {}
 
+        trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        self._dense_bytes = ring_all_reduce_bytes(trained, self.world_size)
+
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         self.clock = ScheduleClock(self.lr_scheduler_configs)
@@ -210,7 +216,7 @@ class StalePipelineStrategy(StagedStrategy):
         self.share_weights()
 
     def teardown(self) -> None:
-        self.engine = None
+        self._ended, self.engine = self._counts, None
         super().teardown()
 
     # ---- one tick ---------------------------------------------------------------------------------------------------
@@ -220,7 +226,10 @@ class StalePipelineStrategy(StagedStrategy):
         trainer = self._module.trainer
         self._epoch_is_over = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches
         if self._epoch_is_over:
-            self.clock.epoch_ends_with(self.engine.batches + self.engine.tick)
+            last = self.engine.batches + self.engine.tick
+            self.clock.epoch_ends_with(last)
+            for averages in self.averages:
+                averages.epoch_ends_with(last)
         if self.engine.tick == 0 or batch_idx == 0:
             self._modes = {module: module.training for block in self.blocks.values() for module in block.modules()}
         if batch_idx == 0:
@@ -281,11 +290,16 @@ class StalePipelineStrategy(StagedStrategy):
             self._not_finite()
         optimizer.zero_grad()
         self.engine.updated()
+        learned = self.engine.learned()
+        if self.engine.newest_updated:
+            self.meter.step(self._dense_bytes)
         self.clock.updated(
-            max(self.engine.learned(), default=-1),
+            max(learned.values(), default=-1),
             lambda scheduler: self._module.lr_scheduler_step(scheduler, None),
             counts=self.engine.newest_updated,
         )
+        for averages in self.averages:
+            averages.updated({stage: learned[stage] for stage in self.engine.brought})
 
     def _not_finite(self) -> None:
         self.skipped += 1
@@ -384,36 +398,40 @@ class StalePipelineStrategy(StagedStrategy):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        if self.engine is not None and "optimizer_states" in checkpoint:
-            checkpoint[_KEY] = {"batches": self.engine.batches, "updates": self.updates, "epochs": self.clock.epochs}
-            if not self._epoch_is_over:  # the next epoch begins with none
-                checkpoint[_KEY]["states"] = self._gathered_states(self.engine)
+        if self._counts is not None and "optimizer_states" in checkpoint:
+            checkpoint[KEY] = dict(self._counts)
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @property
+    def _counts(self) -> dict[str, int] | None:
+        """What this device has done; after a fit what it had done at its end."""
+        if self.engine is None:
+            return self._ended
+        return {"batches": self.engine.batches, "updates": self.updates, "epochs": self.clock.epochs}
+
+    def _own_part(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        part = super()._own_part(checkpoint)
+        if self.engine is None or self._epoch_is_over:  # the next epoch begins with none
+            return part
+        states = {name: state for stage in self.engine.stages.values() for name, state in stage.states.items()}
+        return {**part, "states": map_tensors(Tensor.cpu, states)}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
-        saved = checkpoint.get(_KEY)
-        if saved and self.engine is not None:
-            self.engine.batches = saved["batches"]
-            self.clock.updates, self.clock.epochs = saved["updates"], saved["epochs"]
-            self.engine.restart()
-            states = saved.get("states", [])
-            if len(states) == self.replicas:
-                for stage in self.engine.stages.values():
-                    mine = {
-                        name: states[self.replica][name] for name in stage.block.layers if name in states[self.replica]
-                    }
-                    stage.states = map_tensors(lambda t: t.to(self.root_device), mine)
-
-    def _gathered_states(self, engine: Worker) -> list[States]:
-        """Return the states of stateful layers by name, one dictionary a replica, so that any cut can go on with them."""
-        own = {name: state for stage in engine.stages.values() for name, state in stage.states.items()}
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, (self.replica, map_tensors(lambda t: t.cpu(), own)))
-        merged: list[States] = [{} for _ in range(self.replicas)]
-        for replica, part in parts:
-            merged[replica].update(part)
-        return merged
+        assert self.engine is not None
+        trainer = self._module.trainer
+        # Where another strategy has saved it, each of its steps was an update of all stages.
+        counts = {"batches": 0, "updates": trainer.global_step, "epochs": trainer.current_epoch}
+        counts.update(checkpoint.get(KEY, {}))
+        self.engine.batches = counts["batches"]
+        self.clock.updates, self.clock.epochs = counts["updates"], counts["epochs"]
+        for averages in self.averages:
+            averages.begin(counts["updates"], counts["epochs"])
+        self.engine.restart()
+        saved = self._part_of(checkpoint).get("states", {})
+        for stage in self.engine.stages.values():
+            mine = {name: saved[name] for name in stage.block.layers if name in saved}
+            stage.states = map_tensors(lambda t: t.to(self.root_device), mine)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

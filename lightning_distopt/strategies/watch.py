@@ -5,20 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any, Protocol
 
+import lightning.pytorch as pl
 import torch.distributed as dist
 
-from lightning_distopt.errors import DistoptError, ExchangeError
-from lightning_distopt.exchange import roll_call
+from lightning_distopt.errors import DistoptError, ExchangeError, PipelineError
+from lightning_distopt.exchange import network_failures, roll_call
 from lightning_distopt.strategies.compat import default_store, note_sigterm
 
-if TYPE_CHECKING:
-    from lightning_distopt.strategies.compressed_ddp import CompressedDDPStrategy
+__all__ = ["Watch", "Watched", "watched"]
 
-__all__ = ["Watch"]
+
+class Watched(Protocol):
+    """What is asked of a strategy."""
+
+    @property
+    def global_rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def is_ending(self) -> bool: ...
+    @property
+    def lightning_module(self) -> pl.LightningModule | None: ...
+    @property
+    def launcher(self) -> Any: ...
 
 
 class Watch:
@@ -28,7 +42,7 @@ class Watch:
         torn: an exchange failed in the middle of a step, so ranks may hold different models: nothing is saved any more.
     """
 
-    def __init__(self, strategy: CompressedDDPStrategy) -> None:
+    def __init__(self, strategy: Watched) -> None:
         self._strategy = strategy
         self._roll_call: roll_call.RollCall | None = None
         self._theirs: Any = None
@@ -63,13 +77,13 @@ class Watch:
         roll_call.now_at(number, doing)
         try:
             yield
-        except ExchangeError:
+        except (ExchangeError, PipelineError):
             self.torn = True
             raise
         except DistoptError:
             raise
         except Exception as error:
-            roll_call.leave_last_words(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            roll_call.leave_last_words(_words(error))
             raise
 
     def guard_signals(self) -> None:
@@ -97,3 +111,34 @@ class Watch:
         for handler in getattr(self._theirs, "signal_handlers", [])[1:]:  # those of the user; the first is Lightning's
             if callable(handler):
                 handler(number, frame)
+
+
+def watched(method: Callable[..., Any], waiting: bool = False) -> Callable[..., Any]:
+    """Wrap what Lightning calls of a :class:`ProcessGroupStrategy`, so that a failure inside says who caused it.
+
+    What the backend raises becomes an ``ExchangeError``; others hear of an error of the user's.
+
+    Args:
+        method: of the strategy.
+        waiting: it does nothing but talk to the other ranks.
+    """
+    name = method.__name__
+
+    @wraps(method)
+    def run(strategy: Any, *args: Any, **kwargs: Any) -> Any:
+        step = strategy.round
+        with (
+            strategy.watch.step(step, name),
+            network_failures(strategy.global_rank, step, doing=f"end `{name}`", only=False),
+            roll_call.during(name, waiting),
+        ):
+            return method(strategy, *args, **kwargs)
+
+    return run
+
+
+def _words(error: BaseException) -> str:
+    """Name what was raised first: torch's schedules of pipelines raise an error of their own from it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

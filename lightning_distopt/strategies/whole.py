@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
+from lightning_distopt.errors import CheckpointError
 from lightning_distopt.strategies.checkpoint import saves_of
 from lightning_distopt.strategies.files import is_local
 from lightning_distopt.strategies.header import read_header
 
-__all__ = ["is_whole", "newest_whole_checkpoint"]
+__all__ = ["is_whole", "newest_whole_checkpoint", "read_safely"]
 
 
 def newest_whole_checkpoint(folder: str | os.PathLike[str]) -> str | None:
@@ -47,6 +49,27 @@ def is_whole(path: str) -> bool:
     if header is None:
         return True
     return saves_of(path).get(header.save_id, set()) >= set(range(header.world_size))
+
+
+def read_safely(path: str, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``load`` returns.
+
+    Args:
+        path: of the checkpoint.
+        load: reads it, with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: for a file that cannot be read so; it names the newest one of the folder that can.
+    """
+    try:
+        return load()
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except Exception as error:  # a damaged file raises what it will
+        newest = newest_whole_checkpoint(os.path.dirname(path) or ".")
+        cure = f"Resume from `{newest}`, the newest whole checkpoint there" if newest else "Choose another checkpoint"
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"`{path}` cannot be read safely ({reason}). {cure}.", path) from error
 
 
 def _load(path: str) -> Any:

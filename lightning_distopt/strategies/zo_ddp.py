@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -15,12 +14,13 @@ from lightning_distopt.data_parallel.replicas import broadcast_, check_alike
 from lightning_distopt.exchange import Meter, ScalarGather
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
 from lightning_distopt.strategies.checks import ddp_arguments
+from lightning_distopt.strategies.watched_ddp import WatchedDDPStrategy
 from lightning_distopt.zeroth_order.base import ZeroOrderOptimizer
 
 __all__ = ["ZeroOrderDDPStrategy"]
 
 
-class ZeroOrderDDPStrategy(DDPStrategy):
+class ZeroOrderDDPStrategy(WatchedDDPStrategy):
     """Data parallel training by queries: no gradient travels, and no parameter after the start.
 
     All ranks draw the same samples and directions from the same seed; each evaluates a part of them, and the values are
@@ -52,12 +52,14 @@ class ZeroOrderDDPStrategy(DDPStrategy):
         ddp_arguments(type(self).__name__, ddp_kwargs)
         super().__init__(**ddp_kwargs)
         self.meter = Meter()
+        self._steps = 0
 
     def configure_ddp(self) -> None:
         # No DDP wrapper: there are no gradients to reduce.
         module = self.lightning_module
         assert module is not None
         self.meter = Meter()
+        self.watch.begin()
         lines = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in module.named_parameters()]
         check_alike(lines, self.meter, self.root_device)
         broadcast_([*module.parameters(), *module.buffers()], self.meter, "setup")
@@ -73,10 +75,16 @@ class ZeroOrderDDPStrategy(DDPStrategy):
             check_alike([_settings(optimizer)], self.meter, self.root_device, doing="zeroth-order steps")
             optimizer.team = ScalarGather(self.meter)
 
+    @property
+    def round(self) -> int:
+        return self._steps
+
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        with self.watch.step(self.round, "optimizer_step"):
+            result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._steps += 1
         nbytes = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
         self.meter.step(ring_all_reduce_bytes(nbytes, dist.get_world_size()))
         return result

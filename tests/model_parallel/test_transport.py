@@ -81,7 +81,7 @@ def _slow(rank: int, world: int) -> Any:
         return None
     start = time.monotonic()
     with pytest.raises(
-        PipelineError, match=r"Stage 1 could not receive the activations of batch 0 from rank 0 within 0.5 s"
+        PipelineError, match=r"Stage 1 on rank 1 could not receive the activations of batch 0 from rank 0 within 0.5 s"
     ):
         channel.receive(0)
     return time.monotonic() - start
@@ -110,7 +110,8 @@ def _latency(rank: int, world: int) -> Any:
 
 
 def test_latency_can_be_added() -> None:
-    assert 0.09 < run_ranks(2, _latency)[1] < 0.5
+    """The message may have left before the other side began to look at its clock."""
+    assert 0.05 < run_ranks(2, _latency)[1] < 0.5
 
 
 def test_a_local_channel_is_a_queue_of_copies() -> None:

@@ -12,6 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_distopt.strategies.staged import StagedStrategy
+
 
 class Everything(Callback):
     """Keeps the whole state of each rank at the end of the fit in a folder, to compare two fits.
@@ -34,15 +36,24 @@ class Everything(Callback):
 
 def everything(trainer: Trainer, module: Any) -> dict[str, Any]:
     """Return what decides how this rank goes on."""
-    sync = trainer.strategy.update_sync or trainer.strategy.gradient_sync
     return {
-        "engine": sync.state_dict(),
+        "engine": engine(trainer.strategy),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "model": module.state_dict(),
         "step": (trainer.global_step, trainer.current_epoch),
         "random": torch.get_rng_state(),
     }
+
+
+def engine(strategy: Any) -> dict[str, Any]:
+    """Return the state of what a strategy adds to training."""
+    if isinstance(strategy, StagedStrategy):
+        strategy.share_weights()
+        clock = getattr(strategy, "clock", None)
+        return {} if clock is None else {"updates": clock.updates, "epochs": clock.epochs}
+    sync = strategy.update_sync or strategy.gradient_sync
+    return sync.state_dict()
 
 
 def assert_same(a: Any, b: Any, where: str = "state") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,16 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_distopt import LayeredModule
+
 BATCH = 16
 FEATURES = 6
 
 
-def data(rank: int, batches: int, features: int = FEATURES) -> TensorDataset:
+def data(rank: int, batches: int, features: int = FEATURES, size: int = BATCH) -> TensorDataset:
     """Return ``batches`` batches that no other rank has."""
     generator = torch.Generator().manual_seed(100 + rank)
-    inputs = torch.randn(batches * BATCH, features, generator=generator)
+    inputs = torch.randn(batches * size, features, generator=generator)
     return TensorDataset(inputs, inputs[:, :3].sin() + 0.1 * rank)
 
 
@@ -91,6 +94,54 @@ class Net(pl.LightningModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(data(10 + self.global_rank, 1), batch_size=BATCH)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+class Layered(LayeredModule):
+    """The same regression in eight layers, for pipelines, whose first process reads all data.
+
+    Its batches of 24 can be cut into as many micro-batches as 2, 3 and 4 devices want.
+
+    Args:
+        batches: an epoch.
+        optimizer: made from the parameters.
+        step_size: of a schedule that halves the rate every this many steps; 0: none.
+        dropout: after the activations.
+        shuffle: the order of the batches, by torch's global generator.
+    """
+
+    def __init__(
+        self,
+        batches: int = 5,
+        optimizer: Callable[[Any], Optimizer] = sgd,
+        step_size: int = 0,
+        dropout: float = 0.0,
+        shuffle: bool = False,
+    ) -> None:
+        super().__init__()
+        self.batches, self.make_optimizer, self.step_size, self.shuffle = batches, optimizer, step_size, shuffle
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            widths = [FEATURES, *[8] * 7]
+            made = [[nn.Linear(a, b), nn.BatchNorm1d(b), nn.Tanh()] for a, b in itertools.pairwise(widths)]
+            made.append([nn.Linear(8, 3)])
+        self.layers = nn.Sequential(*(nn.Sequential(*parts, *self.after(dropout)) for parts in made))
+
+    def after(self, dropout: float) -> list[nn.Module]:
+        """Return what follows each layer."""
+        return [nn.Dropout(dropout)] if dropout else []
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output, target)
+
+    configure_optimizers = Net.configure_optimizers
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(data(0, self.batches, size=24), batch_size=24, shuffle=self.shuffle)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(data(10, 1, size=24), batch_size=24)
 
     test_dataloader = predict_dataloader = val_dataloader
 

@@ -6,15 +6,17 @@ import ast
 import re
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -126,6 +128,29 @@ def test_loggers_write_every_so_many_batches_that_stepped(accumulate: int) -> No
     fit(Net(batches=12), "ddp_fork", 6, accumulate_grad_batches=accumulate, log_every_n_steps=3, callbacks=[hooks])
 
 
+def test_the_averaged_model_of_a_callback_is_known() -> None:
+    """``WeightAveraging._average_model``."""
+    callback = EMAWeightAveraging(decay=0.5)
+    module = Net()
+    callback.setup(trainer("auto", devices=1), module, "fit")
+    average = compat.average_of(callback)
+    assert [name for name, _ in average.module.named_parameters()] == [name for name, _ in module.named_parameters()]
+    assert int(average.n_averaged) == 0
+
+
+def test_a_stage_does_not_greet_itself() -> None:
+    """``PipelineStage._get_init_p2p_neighbors_ops``."""
+
+    def one(rank: int, world: int) -> int:
+        stage = PipelineStage(torch.nn.Linear(1, 1), 0, 2, torch.device("cpu"))
+        stage.stage_index_to_group_rank = {0: 0, 1: 0}
+        stage = compat.without_greetings_to_itself(stage)
+        greet = getattr(stage, "_get_init_p2p_neighbors_ops", list)  # torch 2.15 does otherwise
+        return len(greet())
+
+    assert run_ranks(1, one) == [0]
+
+
 def test_the_pass_of_swa_is_known() -> None:
     """``Trainer.fit_loop._skip_backward``."""
     skipped: list[bool] = []
@@ -149,12 +174,15 @@ def test_norms_of_all_parameters_in_one_call() -> None:
     assert norms[1].isnan()
 
 
-@pytest.mark.parametrize("start", ["popen", "fork"])
-def test_pipelines_start_processes_as_lightning_does(start: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "theirs"), [("popen", _SubprocessScriptLauncher), ("fork", _MultiProcessingLauncher)]
+)
+def test_pipelines_start_processes_as_replicas_do(start: str, theirs: Any) -> None:
     """``Strategy._configure_launcher``, ``Strategy._launcher``, ``launchers._MultiProcessingLauncher`` and
     ``launchers._SubprocessScriptLauncher``."""
     strategy = trainer(lightning_distopt.DSPStrategy(start_method=start)).strategy
-    assert type(strategy.launcher) is type(trainer(DDPStrategy(start_method=start)).strategy.launcher)
+    assert type(strategy.launcher) is type(trainer(CompressedDDPStrategy(start_method=start)).strategy.launcher)
+    assert isinstance(strategy.launcher, theirs)
 
 
 def test_the_process_group_is_made_as_lightning_does() -> None:

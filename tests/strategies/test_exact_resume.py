@@ -16,8 +16,8 @@ from lightning_distopt import CompressedDDPStrategy, ResumableLoader
 from tests.ranks import run_ranks
 from tests.strategies.everything import Everything, assert_all_same
 from tests.strategies.fits import At, distance, fit, warnings_to
-from tests.strategies.models import BATCH, Net, data
-from tests.strategies.rows import build, crossed, rows_and
+from tests.strategies.models import BATCH, Layered, Net, data
+from tests.strategies.rows import PIPELINES, REPLICAS, STAGED, build, crossed, kind, rows_and
 
 # A fit may resume without the callback that saved.
 pytestmark = [pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"), pytest.mark.timeout(100)]
@@ -56,12 +56,14 @@ CASES = {
 }
 
 
-class Random(Net):
+class Drawing:
     """Everything that can be restored wrongly: dropout, a random order, noise in the data, a schedule by steps.
 
     Args:
         workers: processes of the loader.
     """
+
+    size = BATCH
 
     def __init__(self, workers: int = 0) -> None:
         super().__init__(batches=BATCHES, dropout=0.5, step_size=3)
@@ -72,9 +74,18 @@ class Random(Net):
         numpy.random.seed(7)
 
     def train_dataloader(self) -> Any:
-        return ResumableLoader(
-            Noisy(data(self.global_rank, self.batches)), batch_size=BATCH, shuffle=True, num_workers=self.workers
-        )
+        examples = Noisy(data(self.global_rank, self.batches, size=self.size))
+        return ResumableLoader(examples, batch_size=self.size, shuffle=True, num_workers=self.workers)
+
+
+class Random(Drawing, Net):
+    """In each rank of its own."""
+
+
+class RandomLayered(Drawing, Layered):
+    """In the first process of a pipeline."""
+
+    size = 24
 
 
 class Noisy(torch.utils.data.Dataset[Any]):
@@ -107,10 +118,17 @@ def train(row: str, case: Case, folder: Path, ckpt_path: Any = None, *more: Call
     torch.manual_seed(7)
     saving = ModelCheckpoint(folder / "saved", enable_version_counter=False, **case.saves)
     settings = {"max_epochs": EPOCHS, "enable_checkpointing": True, "callbacks": [*more, saving], **case.loop}
-    return fit(Random(case.workers), build(row, strict_sidecars=True), -1, ckpt_path, **settings)
+    arguments: dict[str, Any] = {"strict_sidecars": True}
+    if kind(row) == "stale" and "accumulate_grad_batches" in settings:
+        arguments["accumulate"] = settings.pop("accumulate_grad_batches")  # it counts by its own
+    module = (Random if kind(row) == "replicas" else RandomLayered)(case.workers)
+    return fit(module, build(row, **arguments), -1, ckpt_path, **settings)
 
 
-@crossed(CASES, first="at a random step")
+ALL = (*REPLICAS, *PIPELINES)
+
+
+@crossed(CASES, first="at a random step", rows=ALL, also=[(row, "at a random step") for row in STAGED])
 def test_resuming_is_exact(tmp_path: Path, row: str, case: Case) -> None:
     # what is saved in the middle of the whole run is what an interruption then would leave
     train(row, case, tmp_path, None, Everything(tmp_path / "a", generators=True))
@@ -119,13 +137,15 @@ def test_resuming_is_exact(tmp_path: Path, row: str, case: Case) -> None:
     chosen: Any = "last" if case.last else random.Random(f"{row}{case}").choice(saved[:-1] or saved)
     train(row, case, tmp_path, chosen, Everything(tmp_path / "b", generators=True))
     assert_all_same(tmp_path / "a", tmp_path / "b", 2)
+    if kind(row) != "replicas":
+        return
     # every checkpoint that is there has its sidecars, and no others lie about
     files = {path.name for path in left.glob("*.ckpt")}
     assert {path.name.removesuffix(".ranks") for path in left.glob("*.ranks")} == files
     assert all(len(list(folder.iterdir())) == 1 for folder in left.glob("*.ranks"))
 
 
-@rows_and(normal=("compressed_ddp",))
+@rows_and(normal=("compressed_ddp",), rows=ALL)
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, row: str) -> None:
     case = Case({"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 1})
     after = random.Random(row).randrange(1, BATCHES)
@@ -136,7 +156,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path, ro
     assert_all_same(tmp_path / "a", tmp_path / "b", 2)
 
 
-@rows_and(normal=("compressed_ddp",))
+@rows_and(normal=("compressed_ddp",), rows=ALL)
 def test_resuming_twice_over_the_end_of_an_epoch_is_exact(tmp_path: Path, row: str) -> None:
     """``begin_next_epoch``: from the last batch of an epoch, then from inside of the next; Lightning alone repeats a part."""
     case = Case({"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 1})

@@ -17,10 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_distopt import CompressedDDPStrategy, newest_whole_checkpoint
 from lightning_distopt.errors import CheckpointError, SidecarError
+from lightning_distopt.strategies.replica_state import check_added
 from tests.ranks import run_ranks
 from tests.strategies.everything import assert_same
-from tests.strategies.fits import fit, sidecar, trainer
+from tests.strategies.fits import At, fit, sidecar, trainer
 from tests.strategies.models import Net
+from tests.strategies.rows import build, net
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -179,8 +181,6 @@ def test_it_is_refused_and_nothing_has_happened(outcomes: dict[str, tuple[str, s
 def test_a_mixture_is_refused_with_the_name_of_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     """Also without ``strict_sidecars``: whose residuals these are nobody knows."""
     saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    from tests.strategies.rows import build
-
     fit(Net(), build("compressed_ddp"), 3, enable_checkpointing=True, callbacks=[saving])
     shutil.rmtree(tmp_path / "step=3.ckpt.ranks")
     shutil.copytree(tmp_path / "step=1.ckpt.ranks", tmp_path / "step=3.ckpt.ranks")
@@ -224,3 +224,39 @@ def test_nothing_in_the_package_imports_what_a_file_names_or_unpickles() -> None
             elif isinstance(node, ast.keyword) and node.arg == "weights_only" and isinstance(node.value, ast.Constant):
                 found |= set() if node.value.value else {"weights_only=False"}
         assert not found or path.name in ("cli.py", "__init__.py"), f"{path}: {found}"  # by words of their own
+
+
+# --- pipelines, whose checkpoints have no sidecars ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        [1],
+        {"batches": -1},
+        {"updates": "7"},
+        {"replicas": 3},
+        {"replicas": [{"residuals": {"a": torch.tensor([float("nan")])}}]},
+        {"replicas": [{"residuals": {"a": "b"}}]},
+        {"replicas": [{"random": {"0": {"torch": torch.zeros(3)}}}]},
+        {"replicas": [{"loaders": {}}]},
+        {"replicas": [{"states": [1]}]},
+    ],
+    ids=str,
+)
+def test_what_no_pipeline_adds_is_refused(added: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"`model.ckpt` holds something of a pipeline that this version cannot use"
+    ):
+        check_added(added, "model.ckpt")
+
+
+@pytest.mark.parametrize("row", ["dsp", "pipeline"])
+def test_a_pipeline_runs_nothing_of_a_checkpoint(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "model.ckpt"
+    fit(net(row), build(row), 2, devices=1, callbacks=[At(train_end=lambda t, m: t.save_checkpoint(path))])
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "state": Touch(tmp_path / "executed")}, path)
+    with pytest.raises(Exception, match=r"CheckpointError: `.*` cannot be read safely .*Choose another checkpoint"):
+        fit(net(row), build(row), 4, path, devices=1)
+    assert not (tmp_path / "executed").exists()

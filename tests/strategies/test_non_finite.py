@@ -13,9 +13,10 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_distopt.callbacks import CommunicationMonitor
 from tests.strategies.everything import assert_same
+from tests.strategies.faulty import Fault, LayeredFaulty
 from tests.strategies.fits import Agree, distance, fit, gathered
 from tests.strategies.models import Net
-from tests.strategies.rows import build, crossed
+from tests.strategies.rows import PIPELINES, build, crossed, kind, rows_and
 
 pytestmark = pytest.mark.timeout(100)
 BAD = 3  # the step
@@ -73,6 +74,24 @@ def test_training_goes_on_and_nothing_of_it_stays(row: str, case: str) -> None:
     bad = fit(Bad(float("nan")), build(row, non_finite=case), 8, callbacks=hooks)
     if case == "zero":
         assert distance(bad, fit(Bad(0.0), build(row), 8)) == 0, "as if the gradient had been zero"
+
+
+class WatchingStages(Watching):
+    """The same on a device of a synchronous pipeline."""
+
+    def state(self, trainer: Trainer, module: Any) -> Any:
+        names = {name: p.detach().clone() for name, p in module.named_parameters() if p in set(trainer.strategy._own())}
+        momentum = trainer.optimizers[0].state_dict()["state"]
+        held = {"weights": names, "momentum": momentum}
+        return torch.utils._pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v, held)
+
+
+@pytest.mark.parametrize("policy", ["skip", "zero"])
+@rows_and(normal=("pipeline",), rows=[row for row in PIPELINES if kind(row) == "synchronous"])
+def test_devices_of_a_synchronous_pipeline_agree(row: str, policy: str, tmp_path: Path) -> None:
+    """One device's gradient, and what it sends to those before it, is bad in one step; ``test_faults.py`` has "raise"."""
+    hooks = [WatchingStages(policy == "skip")]
+    fit(LayeredFaulty(Fault("nan", tmp_path)), build(row, non_finite=policy), 8, callbacks=hooks)
 
 
 def test_without_a_nan_the_policy_changes_nothing() -> None:

@@ -159,7 +159,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_continues_bit_for_bit(tmp_path:
     saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=3)
     whole = fit_pipeline(Language(**options), ouroboros(), 2, callbacks=[saver], enable_checkpointing=True)
     content = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
-    assert sorted(content["lightning_distopt_pipeline"]["states"][0]) == ["1", "2", "3"]
+    assert sorted(content["lightning_distopt_pipeline"]["replicas"][0]["states"]) == ["1", "2", "3"]
     resumed = Language(**options)
     trainer(ouroboros(), -1, 2, max_epochs=1).fit(resumed, ckpt_path=tmp_path / "step=3.ckpt")
     assert equal(dict(resumed.state_dict()), whole)

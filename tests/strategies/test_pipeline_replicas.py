@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_distopt import PipelineStrategy, StalePipelineStrategy
+from lightning_distopt import PipelineStrategy, ResumableLoader, StalePipelineStrategy
 from lightning_distopt.model_parallel import StalenessPlan
 from tests.model_parallel.models import batches_of
-from tests.strategies.fits import At, assert_same_on_all_ranks, distance
-from tests.strategies.pipelines import Chain, fit_pipeline, simulated
+from tests.strategies.fits import At, assert_same_on_all_ranks, distance, trainer
+from tests.strategies.pipelines import Chain, equal, fit_pipeline, simulated
 
 QUIET = {"norm": False, "dropout": 0.0}
 FORKED = {"start_method": "fork", "timeout": 20, "balance": "layers"}
@@ -80,6 +81,55 @@ def test_compressed_gradients_between_replicas(compressor: str) -> None:
 
     strategy = StalePipelineStrategy("dsp", stages=2, compressor=compressor, **FORKED)
     fit_pipeline(Long(), strategy, 4, callbacks=[At(train_end=check)])
+
+
+class Shuffled(Chain):
+    """Each replica shuffles and perturbs data of its own, by the process's random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(2, norm=False, dropout=0.3)
+        self.data = list(batches_of(16, 4, torch.float32))
+        self.float()
+
+    def train_dataloader(self) -> Any:
+        replica = self.trainer.strategy.replica
+        mine = torch.utils.data.TensorDataset(*map(torch.cat, zip(*self.data[replica::2], strict=True)))
+        return ResumableLoader(mine, batch_size=4, shuffle=True)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "compressor"),
+    [
+        (partial(StalePipelineStrategy, "dsp"), "topk:0.25"),
+        pytest.param(partial(StalePipelineStrategy, "pipedream"), "qsgd:5", marks=pytest.mark.slow),
+        (PipelineStrategy, "powersgd:1"),
+    ],
+)
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_run_of_replicas_resumes_bit_for_bit(make: Any, compressor: str, step: int, tmp_path: Path) -> None:
+    """In the middle of an epoch and at its end: residuals, orders of data and random numbers go on."""
+
+    path = tmp_path / "saved.ckpt"
+
+    def save(trainer: Trainer, module: Any) -> None:
+        if trainer.global_step == step:
+            trainer.save_checkpoint(path)
+
+    def fit(*callbacks: Any, ckpt_path: Any = None) -> Any:
+        torch.manual_seed(5)
+        module = Shuffled()
+        strategy = make(stages=2, compressor=compressor, cuts=[1], **FORKED)
+        trainer(strategy, -1, 4, max_epochs=2, callbacks=list(callbacks)).fit(module, ckpt_path=ckpt_path)
+        return dict(module.state_dict())
+
+    whole = fit(At(train_batch_end=save))
+    content = torch.load(path, weights_only=True)["lightning_distopt_pipeline"]["replicas"]
+    assert len(content) == 2
+    if "qsgd" not in compressor:
+        assert set(content[0]["residuals"]) == {name for name, _ in Shuffled().named_parameters()}
+        assert any(not torch.equal(e, content[1]["residuals"][name]) for name, e in content[0]["residuals"].items())
+    assert equal(fit(ckpt_path=path), whole)
 
 
 def test_devices_must_be_a_multiple_of_the_stages() -> None:

@@ -30,7 +30,7 @@ from lightning_distopt.strategies.whole import is_whole
 from tests.ranks import run_ranks
 from tests.strategies.fits import At, distance, fit, sidecar
 from tests.strategies.models import Net
-from tests.strategies.rows import build, rows_and
+from tests.strategies.rows import PIPELINES, REPLICAS, STAGED, build, net, rows_and
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -51,7 +51,7 @@ def _save_all_the_time(row: str, folder: Path) -> None:
         folder, "{step}", save_last=True, every_n_train_steps=1, save_top_k=2, monitor="step", mode="max"
     )
     settings = {"max_epochs": -1, "enable_checkpointing": True, "callbacks": [saving]}
-    fit(Net(batches=20), build(row), -1, "last", **settings)
+    fit(net(row, batches=20), build(row), -1, "last", **settings)
 
 
 def _killed_while_saving(row: str, folder: Path, moment: float) -> None:
@@ -92,7 +92,7 @@ def _check(folder: Path) -> int:
 
 @pytest.mark.timeout(170)
 @pytest.mark.filterwarnings("ignore")
-@rows_and(normal=("compressed_ddp",))
+@rows_and(normal=("compressed_ddp",), rows=(*REPLICAS, *PIPELINES))
 def test_whenever_it_is_killed_a_whole_checkpoint_is_there(tmp_path: Path, row: str) -> None:
     chance, steps = random.Random(row), [0]
     for _ in range(10):
@@ -105,7 +105,7 @@ def test_whenever_it_is_killed_a_whole_checkpoint_is_there(tmp_path: Path, row: 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", ["compressed_ddp", "compressed_ddp_topk"])
+@pytest.mark.parametrize("row", ["compressed_ddp", "compressed_ddp_topk", "diloco", "dsp"])
 def test_a_hundred_times_over(tmp_path: Path, row: str) -> None:
     chance = random.Random(row)
     for _ in range(100):
@@ -150,9 +150,14 @@ def a_file_in_the_way(folder: Path) -> Iterator[str]:
     yield "Not a directory|File exists"
 
 
+@rows_and(normal=("compressed_ddp",), rows=("compressed_ddp", "diloco", *STAGED))
 @pytest.mark.parametrize("obstacle", [full, read_only, a_file_in_the_way], ids=lambda o: o.__name__)
-def test_the_error_names_the_path_on_all_ranks_and_training_goes_on(tmp_path: Path, obstacle: Any) -> None:
+def test_the_error_names_the_path_on_all_ranks_and_training_goes_on(tmp_path: Path, row: str, obstacle: Any) -> None:
     path = tmp_path / "disk" / "model.ckpt"
+
+    def save_elsewhere(trainer: Trainer, module: Net) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(tmp_path / "elsewhere.ckpt")
 
     def save(trainer: Trainer, module: Net) -> None:
         if trainer.global_step == 2:
@@ -161,9 +166,11 @@ def test_the_error_names_the_path_on_all_ranks_and_training_goes_on(tmp_path: Pa
             assert caught.value.path.startswith(str(path))
             (tmp_path / f"raised {trainer.global_rank}").touch()
 
-    whole = fit(Net(), build("compressed_ddp"), 5)
+    whole = fit(
+        net(row), build(row), 5, callbacks=[At(train_batch_end=save_elsewhere)]
+    )  # a stale pipeline is drained there
     with obstacle(tmp_path / "disk") as reason:
-        assert distance(fit(Net(), build("compressed_ddp"), 5, callbacks=[At(train_batch_end=save)]), whole) == 0
+        assert distance(fit(net(row), build(row), 5, callbacks=[At(train_batch_end=save)]), whole) == 0
         left = [] if obstacle is a_file_in_the_way else [file.name for file in (tmp_path / "disk").rglob("*.p*t*")]
         assert left == [], "of the attempt"
     assert {file.name for file in tmp_path.glob("raised *")} == {"raised 0", "raised 1"}

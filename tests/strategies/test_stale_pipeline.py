@@ -355,9 +355,10 @@ def test_a_hanging_stage_ends_the_fit_with_one_typed_error_a_rank(
     monkeypatch.setattr(Stage, "forward", hang)
     errors = Failures(tmp_path).fit(Chain(2, batches=8), stale(timeout=1))
     assert len(errors) == 2
-    assert errors[0].startswith("PipelineError: Stage 0 could not receive the gradients of batch")
+    assert errors[0].startswith("PipelineError: Stage 0 on rank 0 could not receive the gradients of batch")
     assert "from rank 1 within 1 s" in errors[0]
-    assert errors[1].startswith("PipelineError: Stage 1 could not")
+    assert "rank 1 late, it is in" in errors[0]
+    assert errors[1].startswith("PipelineError: Stage 1 on rank 1 could not")
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
