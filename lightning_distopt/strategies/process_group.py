@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from lightning_distopt.strategies.checks import positive
+from lightning_distopt.strategies.checks import choice, positive
 from lightning_distopt.strategies.compat import connect_processes, launcher_for
 
 __all__ = ["ProcessGroupStrategy", "StartMethod"]
@@ -50,7 +50,7 @@ class ProcessGroupStrategy(ParallelStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        self.start_method = start_method
+        self.start_method: StartMethod = choice("start_method", start_method, StartMethod)
         self.timeout = positive("timeout", timeout)
         self.process_group_backend = process_group_backend
         self._machines = 1
