@@ -30,21 +30,21 @@ class Announcements:
         reader: its global rank.
         others: global ranks of those that read nothing.
         rank: of this process.
-        device: where words are written.
+        group: process group of Gloo; the default one if ``None``.
     """
 
-    def __init__(self, reader: int, others: Sequence[int], rank: int, device: torch.device) -> None:
-        self._reader, self._others, self._rank, self._device = reader, tuple(others), rank, device
+    def __init__(self, reader: int, others: Sequence[int], rank: int, group: dist.ProcessGroup | None) -> None:
+        self._reader, self._others, self._rank, self._group = reader, tuple(others), rank, group
         self._under_way: deque[tuple[Any, torch.Tensor]] = deque()
         self._count = 0
 
     def tell(self, more: bool) -> None:
         """Say whether another batch comes."""
         self._count += 1
-        word = torch.tensor([more], dtype=torch.uint8, device=self._device)
+        word = torch.tensor([more], dtype=torch.uint8)
         with network_failures(self._rank, self._count, doing="say whether another batch comes"):
             for rank in self._others:
-                self._under_way.append((dist.isend(word, rank, tag=_TAG), word))
+                self._under_way.append((dist.isend(word, rank, group=self._group, tag=_TAG), word))
             while len(self._under_way) > _UNDER_WAY * max(1, len(self._others)):
                 self._under_way.popleft()[0].wait()
 
@@ -55,9 +55,9 @@ class Announcements:
             ExchangeError: if it does not say so within the time-out.
         """
         self._count += 1
-        word = torch.empty(1, dtype=torch.uint8, device=self._device)
+        word = torch.empty(1, dtype=torch.uint8)
         with network_failures(self._rank, self._count, doing="learn whether another batch comes"):
-            dist.recv(word, self._reader, tag=_TAG)
+            dist.recv(word, self._reader, group=self._group, tag=_TAG)
         return bool(word)
 
 

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from lightning_distopt.model_parallel.block import Block
@@ -142,12 +143,10 @@ class PipelineStrategy(StagedStrategy):
         sender: Channel | None = None
         receiver: Channel | None = None
         if first != last and self.global_rank == first:
-            sender = Sender(
-                Endpoint(0, last, _TARGETS, "targets"), 1, 2, None, self.meter, self.timeout, self.root_device
-            )
+            sender = Sender(Endpoint(0, last, _TARGETS, "targets"), 1, 2, self._messages, self.meter, self.timeout)
         if first != last and self.global_rank == last:
             end = Endpoint(self.stages - 1, first, _TARGETS, "targets")
-            receiver = Receiver(end, 1, None, self.meter, self.timeout, self.root_device)
+            receiver = Receiver(end, 1, self._messages, self.meter, self.timeout, self.root_device)
         self._targets = (sender, receiver)
 
     def _check_shared(self, blocks: Sequence[Block]) -> None:
@@ -351,10 +350,18 @@ class _Piece(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         x = args[0] if len(args) == 1 else args
+        if not torch.is_grad_enabled():
+            return self._shown(x)
         if self._microbatch is None:
             return self.block(x)[0]
         y, self.memory[self._microbatch] = self.block(x, self.memory.get(self._microbatch))
         return y
+
+    def _shown(self, x: Any) -> Any:
+        """Let torch see the shapes of the output, without the random numbers and running statistics that 2.10 would move."""
+        buffers = {name: buffer.clone() for name, buffer in self.block.named_buffers()}
+        with torch.random.fork_rng([d for d in {b.device for b in self.block.parameters()} if d.type == "cuda"]):
+            return functional_call(self.block, buffers, (x,))[0]
 
 
 def _signature(x: Any) -> _Signature:

@@ -2,7 +2,7 @@
 
     states      of stateful layers                residuals   of compressed gradients, in units of gradients
     loaders     places of its reader's loaders    queries     starts of PowerSGD's iterations, alike in all replicas
-    random      generators of its reader          rounds      of averaging, which enter the keys of randomness; alike, too
+    random      generators of each worker         rounds      of averaging, which enter the keys of randomness; alike, too
 
 It is in the checkpoint, where the optimizer's state is, and not beside it: by name, every cut into stages can go on with it.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 __all__ = ["merge_parts", "state_for"]
 
-_BY_NAME = ("states", "residuals", "queries", "rounds")
+_BY_NAME = ("states", "residuals", "queries", "rounds", "random")
 
 
 def merge_parts(parts: Iterable[tuple[int, Mapping[str, Any]]], replicas: int) -> list[dict[str, Any]]:

@@ -111,7 +111,9 @@ class StagedStrategy(StagedModel):
             self._start_replicas()
             self._start_averages(trainer)
         ranks = [self.rank_of(stage) for stage in range(self.stages)]
-        self._passage = Passage(self.blocks, ranks, self.global_rank, self.meter, self.timeout, self.root_device)
+        self._passage = Passage(
+            self.blocks, ranks, self.global_rank, self.meter, self.timeout, self.root_device, self._messages
+        )
         self.setup_precision_plugin()
 
     def teardown(self) -> None:
@@ -128,7 +130,7 @@ class StagedStrategy(StagedModel):
         reader = self.rank_of(0)
         first = self.replica * self.workers
         others = [rank for rank in range(first, first + self.workers) if rank != reader]
-        words = Announcements(reader, others, self.global_rank, self.root_device)
+        words = Announcements(reader, others, self.global_rank, self._messages)
         return Announced(dataloader, words) if reads else NoData(dataloader, words.hear)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -241,8 +243,9 @@ class StagedStrategy(StagedModel):
     def _own_part(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what this process has of the state of its replica, on the CPU."""
         part: dict[str, Any] = {} if self._mean is None else self._mean.state_dict()
+        part["random"] = {str(self.worker): collect_random_states()}
         if 0 in self.blocks:  # it reads the data
-            part = {**part, "random": collect_random_states(), "loaders": list(places_of(checkpoint))}
+            part["loaders"] = list(places_of(checkpoint))
         return map_tensors(Tensor.cpu, part)  # type: ignore[no-any-return]
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -265,8 +268,9 @@ class StagedStrategy(StagedModel):
         mine = self._part_of(checkpoint)
         if self._mean is not None:
             self._mean.load_state_dict(mine)
-        if mine.get("random"):
-            restore_random_states(mine["random"])
+        random = mine.get("random", {}).get(str(self.worker))
+        if random:
+            restore_random_states(random)
 
     def _part_of(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint has for this replica."""

@@ -136,6 +136,7 @@ class StalePipelineStrategy(PlannedStrategy):
             self.timeout,
             self.root_device,
             latency=self.latency_ms * 1e-3,
+            group=self._messages,
         )
 
         def finish(output: Any, target: Any) -> tuple[Tensor, dict[str, Tensor]]:

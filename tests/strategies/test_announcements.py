@@ -38,8 +38,14 @@ class Streamed(Chain):
         return DataLoader(Stream(self.data[:3]), batch_size=None)
 
 
-@pytest.mark.parametrize("make", [partial(StalePipelineStrategy, "naive"), partial(PipelineStrategy, microbatches=2)])
-@pytest.mark.parametrize("limit", [1.0, 4])
+@pytest.mark.parametrize(
+    ("make", "limit"),
+    [
+        (partial(StalePipelineStrategy, "naive"), 1.0),
+        (partial(StalePipelineStrategy, "naive"), 4),
+        (partial(PipelineStrategy, microbatches=2), 1.0),
+    ],
+)
 def test_a_stream_ends_for_all_ranks(make: Any, limit: Any) -> None:
     """Training and validation of two epochs; also where Lightning ends an epoch before the stream ends."""
     batches = 6 if limit == 1.0 else limit

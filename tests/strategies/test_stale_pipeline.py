@@ -223,6 +223,19 @@ def test_tuples_and_a_loss_with_parameters() -> None:
     assert "loss.weight" in found
 
 
+def test_messages_have_a_gloo_group_of_their_own_beside_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between GPUs the default group is NCCL's."""
+    monkeypatch.setattr("lightning_distopt.strategies.stage_groups.dist.get_backend", lambda: "nccl")
+
+    def check(trainer: Trainer, module: Any) -> None:
+        assert trainer.strategy._messages is not None
+        assert len(module.seen["val"]) == 2
+
+    expected, _ = simulated(Chain(2, batches=5), StalenessPlan.preset("dsp", 2))
+    module = Chain(2, batches=5, validation=2)
+    assert equal(fit_pipeline(module, stale(), 2, limit_val_batches=2, callbacks=[At(train_end=check)]), expected)
+
+
 # --- the same module elsewhere --------------------------------------------------------------------------------------
 
 
