@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 from torch import Tensor, nn
-from typing_extensions import TypeIs
 
 from lightning_distopt.model_parallel.structure import map_tensors
 
@@ -28,8 +27,8 @@ class StatefulLayer(Protocol):
         """Return the state before the first batch, whose input is ``x``."""
 
 
-def is_stateful(layer: nn.Module) -> TypeIs[StatefulLayer]:
-    """Whether the layer is a :class:`StatefulLayer`; ``isinstance`` asks the same, slowly, and this is for every layer and batch."""
+def is_stateful(layer: nn.Module) -> bool:
+    """Whether the layer is a :class:`StatefulLayer`; asked for every layer and batch, where ``isinstance`` would be slow."""
     return hasattr(type(layer), "initial_state")
 
 
@@ -41,7 +40,7 @@ def run_layers(layers: Mapping[str, nn.Module], x: Any, states: States) -> tuple
     new: States = {}
     for name, layer in layers.items():
         if is_stateful(layer):
-            state = states[name] if name in states else layer.initial_state(x)
+            state = states[name] if name in states else cast(StatefulLayer, layer).initial_state(x)
             x, after = layer(x, state)
             new[name] = map_tensors(Tensor.detach, after)
         else:

@@ -39,9 +39,9 @@ def connect(
         rank: of this process.
         meter: counts bytes and waiting.
         timeout: seconds to wait for a neighbour.
-        device: where messages are put together and arrive.
+        device: where tensors that arrive are to be.
         latency: seconds added to the way of every message, for experiments.
-        group: process group; the default one if ``None``.
+        group: process group of Gloo; the default one if ``None``.
         first_tag: no other channel between the same processes may use these tags.
     """
     hops: dict[int, Hop] = {}
@@ -58,11 +58,11 @@ def connect(
         down_end = Endpoint(own, peer, tag + TAGS_A_HOP * hop, "activations")
         up_end = Endpoint(own, peer, tag + TAGS_A_HOP * hop + 2, "gradients")
         if rank == before:
-            sender = Sender(down_end, ahead, in_flight, group, meter, timeout, device)
+            sender = Sender(down_end, ahead, in_flight, group, meter, timeout)
             sender.back = Receiver(up_end, back, group, meter, timeout, device, latency)
             hops[hop] = Hop(activations_out=sender, gradients_in=sender.back)
         else:
-            sender = Sender(up_end, back, in_flight, group, meter, timeout, device)
+            sender = Sender(up_end, back, in_flight, group, meter, timeout)
             sender.back = Receiver(down_end, ahead, group, meter, timeout, device, latency)
             hops[hop] = Hop(activations_in=sender.back, gradients_out=sender)
     return hops

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lightning_distopt.exchange.meter import Meter
 from lightning_distopt.model_parallel.block import Block, States
@@ -26,6 +27,7 @@ class Passage:
         meter: counts bytes and waiting.
         timeout: seconds to wait for a neighbour.
         device: of the blocks.
+        group: process group of Gloo; the default one if ``None``.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Passage:
         meter: Meter,
         timeout: float,
         device: torch.device,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self._blocks, self._last, self._number = dict(sorted(blocks.items())), len(ranks) - 1, 0
         self._states: dict[int, States] = {}
@@ -47,9 +50,9 @@ class Passage:
             if before == after == rank:
                 sender = receiver = LocalChannel(hop + 1)
             elif before == rank:
-                sender = Sender(Endpoint(hop, after, tag, "evaluation"), 1, 1, None, meter, timeout, device)
+                sender = Sender(Endpoint(hop, after, tag, "evaluation"), 1, 1, group, meter, timeout)
             elif after == rank:
-                receiver = Receiver(Endpoint(hop + 1, before, tag, "evaluation"), 1, None, meter, timeout, device)
+                receiver = Receiver(Endpoint(hop + 1, before, tag, "evaluation"), 1, group, meter, timeout, device)
             self._ends[hop] = sender, receiver
 
     def run(self, x: Any, target: Any) -> tuple[Any, Any]:

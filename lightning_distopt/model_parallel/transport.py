@@ -3,10 +3,13 @@
     sender                                                   receiver
     message i: | header | description | tensors ... | pad |  one buffer of a size that both know: posted ``depth`` messages ahead
 
-Gloo and NCCL move data only once the receiver has posted a buffer of exactly the right size. So buffers are posted early, and
+Gloo moves data only once the receiver has posted a buffer of exactly the right size. So buffers are posted early, and
 their size is agreed without a word: message i uses the largest size that any message up to i - depth needed. What does not
 fit (the first messages, a growing batch) follows in a buffer of its own. Nothing waits for a peer but ``receive``, which has
 a time-out, and ``send`` for a message that the delays of the plan say must have arrived.
+
+Messages are in host memory and go through a Gloo group, also between GPUs: NCCL knows no tags and runs the messages between two
+ranks in one order, so that a buffer posted early would hold up what is sent after it.
 """
 
 from __future__ import annotations
@@ -112,7 +115,6 @@ class Sender(Channel):
         group: process group of the pipeline.
         meter: counts bytes.
         timeout: seconds to wait for the peer.
-        device: where messages are put together.
 
     Attributes:
         back: receives what comes the other way over the same hop, and with it how much of what was sent has been read.
@@ -128,14 +130,12 @@ class Sender(Channel):
         group: dist.ProcessGroup | None,
         meter: Meter,
         timeout: float,
-        device: torch.device,
     ) -> None:
         self._end, self._group, self._meter, self._timeout = end, group, meter, timeout
         self._sizes = deque([_FIRST] * depth)
         self._largest = _FIRST
         self._in_flight = max(1, in_flight)
         self._works: deque[tuple[int, list[dist.Work], list[Tensor]]] = deque()
-        self._device = device
         self.back: Receiver | None = None
         self.count = self.nbytes = 0
 
@@ -150,7 +150,7 @@ class Sender(Channel):
         fits = needed <= size
         read = self.back.count if self.back is not None else 0
         header = [_MAGIC, batch, len(description), needed, int(not fits), time.monotonic_ns(), read, 0]
-        buffer = torch.empty(size if fits else needed, dtype=torch.uint8, device=self._device)
+        buffer = torch.empty(size if fits else needed, dtype=torch.uint8)
         buffer[:_HEADER].view(torch.int64).copy_(torch.tensor(header))
         buffer[_HEADER : _HEADER + len(description)].copy_(torch.frombuffer(bytearray(description), dtype=torch.uint8))
         offset = _padded(_HEADER + len(description))
@@ -161,7 +161,7 @@ class Sender(Channel):
             offset += _padded(tensor.nbytes)
         parts = [(buffer, self._end.tag)]
         if not fits:
-            short = torch.zeros(size, dtype=torch.uint8, device=self._device)
+            short = torch.zeros(size, dtype=torch.uint8)
             short[:_HEADER].copy_(buffer[:_HEADER])
             parts = [(short, self._end.tag), (buffer, self._end.tag + 1)]
         self._post(batch, parts)
@@ -207,7 +207,7 @@ class Receiver(Channel):
         group: process group of the pipeline.
         meter: counts bytes, and the seconds waited ("exchange").
         timeout: seconds to wait for the peer.
-        device: where messages arrive.
+        device: where tensors are to be.
         latency: seconds added to the way of every message, for experiments.
 
     Attributes:
@@ -248,7 +248,7 @@ class Receiver(Channel):
                 )
             self._meter.message(self._end.purpose, received=buffer.numel())
             if header[4]:
-                buffer = torch.empty(header[3], dtype=torch.uint8, device=self._device)
+                buffer = torch.empty(header[3], dtype=torch.uint8)
                 self._wait(self._start(buffer, self._end.tag + 1, batch), batch)
                 self._meter.message(self._end.purpose, received=buffer.numel())
             if self._latency:
@@ -258,10 +258,11 @@ class Receiver(Channel):
         self._post(batch)
         _check_batch(header[1], batch, self._end)
         spec, layout = json.loads(bytes(buffer[_HEADER : _HEADER + header[2]].tolist()))
-        return unflatten(spec, _views(buffer, _padded(_HEADER + header[2]), layout))
+        tensors = _views(buffer, _padded(_HEADER + header[2]), layout)
+        return unflatten(spec, [tensor.to(self._device) for tensor in tensors])
 
     def _post(self, batch: int) -> None:
-        buffer = torch.empty(self._largest, dtype=torch.uint8, device=self._device)
+        buffer = torch.empty(self._largest, dtype=torch.uint8)
         self._posted.append((self._start(buffer, self._end.tag, batch), buffer))
 
     def _start(self, buffer: Tensor, tag: int, batch: int) -> dist.Work:

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from lightning_distopt.data_parallel.non_finite import NonFinite
@@ -150,12 +151,10 @@ class PipelineStrategy(StagedStrategy):
         sender: Channel | None = None
         receiver: Channel | None = None
         if first != last and self.global_rank == first:
-            sender = Sender(
-                Endpoint(0, last, _TARGETS, "targets"), 1, 2, None, self.meter, self.timeout, self.root_device
-            )
+            sender = Sender(Endpoint(0, last, _TARGETS, "targets"), 1, 2, self._messages, self.meter, self.timeout)
         if first != last and self.global_rank == last:
             end = Endpoint(self.stages - 1, first, _TARGETS, "targets")
-            receiver = Receiver(end, 1, None, self.meter, self.timeout, self.root_device)
+            receiver = Receiver(end, 1, self._messages, self.meter, self.timeout, self.root_device)
         self._targets = (sender, receiver)
 
     def _check_shared(self, blocks: Sequence[Block]) -> None:
@@ -213,7 +212,8 @@ class PipelineStrategy(StagedStrategy):
         held = [p.grad for p in own]
         for parameter in own:
             parameter.grad = None
-        with self.precision_plugin.train_step_context():
+        where = f"pass batch {self._steps} through stage {'/'.join(map(str, self.blocks))}"
+        with self.precision_plugin.train_step_context(), self._failures(where, only=False):
             figures, size = self._run(batch)
         window = self._module.trainer.accumulate_grad_batches
         for parameter, group, _ in self._ties:
@@ -375,10 +375,18 @@ class _Piece(nn.Module):
 
     def _forward(self, *args: Any) -> Any:
         x = args[0] if len(args) == 1 else args
+        if not torch.is_grad_enabled():
+            return self._shown(x)
         if self._microbatch is None:
             return self.block(x)[0]
         y, self.memory[self._microbatch] = self.block(x, self.memory.get(self._microbatch))
         return y
+
+    def _shown(self, x: Any) -> Any:
+        """Let torch see the shapes of the output, without the random numbers and running statistics that 2.10 would move."""
+        buffers = {name: buffer.clone() for name, buffer in self.block.named_buffers()}
+        with torch.random.fork_rng([d for d in {b.device for b in self.block.parameters()} if d.type == "cuda"]):
+            return functional_call(self.block, buffers, (x,))[0]
 
 
 def _signature(x: Any) -> _Signature:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_distopt.errors import CheckpointError
 from lightning_distopt.exchange import network_failures, roll_call
 from lightning_distopt.strategies import files
-from lightning_distopt.strategies.checks import positive
+from lightning_distopt.strategies.checks import choice, positive
 from lightning_distopt.strategies.compat import begin_next_epoch, connect_processes, is_interrupted, launcher_for
 from lightning_distopt.strategies.watch import Watch, watched
 from lightning_distopt.strategies.whole import read_safely
@@ -57,7 +57,7 @@ class ProcessGroupStrategy(ParallelStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        self.start_method = start_method
+        self.start_method: StartMethod = choice("start_method", start_method, StartMethod)
         self.timeout = positive("timeout", timeout)
         self.process_group_backend = process_group_backend
         self._machines = 1
@@ -176,13 +176,15 @@ class ProcessGroupStrategy(ParallelStrategy):
         self.broadcast_objects(objects, src)
         return objects[0]
 
-    def broadcast_objects(self, objects: list[Any], src: int, group: dist.ProcessGroup | None = None) -> None:
+    def broadcast_objects(
+        self, objects: list[Any], src: int, group: dist.ProcessGroup | None = None, doing: str = "broadcast an object"
+    ) -> None:
         """Give all processes of a group the objects that one has; pickled, since ranks trust one another.
 
         Raises:
             ExchangeError: if it failed or timed out.
         """
-        with network_failures(self.global_rank, self.round, doing="broadcast an object"):
+        with network_failures(self.global_rank, self.round, doing=doing):
             dist.broadcast_object_list(objects, src, group=group)
 
     def reduce(self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean") -> Tensor | Any:

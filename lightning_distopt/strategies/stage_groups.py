@@ -5,6 +5,7 @@ rank = replica * workers + worker          devices = workers x replicas
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -25,6 +26,7 @@ class StageGroups(ProcessGroupStrategy):
         super().__init__(**process_group)
         self._pipe: dist.ProcessGroup | None = None
         self._siblings: dist.ProcessGroup | None = None
+        self._messages: dist.ProcessGroup | None = None
 
     @property
     def placement(self) -> tuple[int, ...]:
@@ -73,7 +75,10 @@ class StageGroups(ProcessGroupStrategy):
                 f"`devices` must be a multiple of the devices of one pipeline: got {self.world_size} for {workers}. Use "
                 f"`devices={workers}`, or another number of stages."
             )
-        self._pipe = self._siblings = None
+        self._pipe = self._siblings = self._messages = None
+        if dist.get_backend() != "gloo":
+            messages: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+            self._messages = messages
         if self.replicas > 1:  # every process takes part in making every group
             pipes: list[Any] = [
                 dist.new_group(list(range(r * workers, (r + 1) * workers))) for r in range(self.replicas)

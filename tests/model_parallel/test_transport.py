@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def ends(rank: int, depth: int = 1, in_flight: int = 3, timeout: float = 10.0, latency: float = 0.0) -> Any:
     meter = Meter()
     if rank == 0:
-        return Sender(Endpoint(0, 1, 4, "activations"), depth, in_flight, None, meter, timeout, CPU), meter
+        return Sender(Endpoint(0, 1, 4, "activations"), depth, in_flight, None, meter, timeout), meter
     return Receiver(Endpoint(1, 0, 4, "activations"), depth, None, meter, timeout, CPU, latency), meter
 
 

@@ -138,7 +138,9 @@ def test_a_resumed_average_goes_on_bit_for_bit(strategy: str, tmp_path: Path) ->
     trainer("auto", -1, 1, max_epochs=2, callbacks=[ema()]).fit(alone, ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
-@pytest.mark.parametrize(("schedule", "callback"), [("1f1b", ema), ("interleaved", WeightAveraging)])
+@pytest.mark.parametrize(
+    ("schedule", "callback"), [("1f1b", ema), pytest.param("interleaved", WeightAveraging, marks=pytest.mark.slow)]
+)
 def test_a_synchronous_pipeline_averages_as_one_device(schedule: Any, callback: Any) -> None:
     def module() -> Chain:
         made = Chain(4, norm=False, dropout=0.0, validation=2)
