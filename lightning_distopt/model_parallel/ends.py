@@ -46,7 +46,7 @@ def balance_ends(
         stages: K, from 2 to the number of layers.
         head: of the last stage.
         replay: whether all stages but the last run their layers a second time.
-        memory: of each layer.
+        memory: of each layer, in megabytes.
         limit: most memory of one device.
 
     Raises:
@@ -71,8 +71,8 @@ def balance_ends(
                 break  # nothing between the two: j is i
     if best is None:
         raise ValueError(
-            f"`memory_limit` leaves no way to cut {n} layers into {stages} stages, the first and the last on one device: got "
-            f"{limit:g}, and all take {held[n] + head.memory:g}. Raise the limit or use more devices."
+            f"`memory_limit_mb` leaves no way to cut {n} layers into {stages} stages, the first and the last on one device: got "
+            f"{limit:g}, and all take {held[n] + head.memory:.3g}. Raise the limit or use more devices."
         )
     return cuts
 

@@ -19,7 +19,7 @@ from torch import nn
 from lightning_distopt.model_parallel.block import run_layers
 from lightning_distopt.model_parallel.structure import flatten, map_tensors
 
-__all__ = ["LayerCost", "Partition", "balance", "costs_by_parameters", "measure"]
+__all__ = ["LayerCost", "Partition", "balance", "costs_by_parameters", "measure", "megabytes"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def balance(
     Args:
         costs: of each layer, >= 0.
         stages: number of blocks, from 1 to the number of layers.
-        memory: of each layer, any unit; checked against ``limit``.
+        memory: of each layer, in megabytes; checked against ``limit``.
         limit: most memory of one block.
 
     Raises:
@@ -133,14 +133,19 @@ def balance(
                     best[k][j], cut[k][j] = worst, i
     if best[stages][n] == infinite:
         raise ValueError(
-            f"`memory_limit` leaves no partition of {n} layers into {stages} stages: got {limit:g}, and the largest layer "
-            f"takes {max(memory or [0]):g}. Raise the limit or use more stages."
+            f"`memory_limit_mb` leaves no partition of {n} layers into {stages} stages: got {limit:g}, and the largest layer "
+            f"takes {max(memory or [0]):.3g}. Raise the limit or use more stages."
         )
     cuts, j = [], n
     for k in range(stages, 1, -1):
         j = cut[k][j]
         cuts.append(j)
     return tuple(reversed(cuts))
+
+
+def megabytes(layers: Mapping[str, nn.Module]) -> list[float]:
+    """Return the size of each layer's parameters, in units of 2**20 bytes."""
+    return [sum(p.nbytes for p in layer.parameters()) / 2**20 for layer in layers.values()]
 
 
 def costs_by_parameters(layers: Mapping[str, nn.Module]) -> tuple[LayerCost, ...]:

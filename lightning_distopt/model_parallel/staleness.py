@@ -25,8 +25,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, get_args
+
+from lightning_distopt.model_parallel.delays import checked_delays, delays_back, hops_told
 
 __all__ = ["PRESETS", "BackwardWeights", "Cell", "Keep", "StalenessPlan", "TiedGrad", "Timetable", "Versions", "Work"]
 
@@ -118,7 +120,10 @@ class StalenessPlan:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        p, q = _delays("forward_delays", self.forward_delays), _delays("gradient_delays", self.gradient_delays)
+        p, q = (
+            checked_delays("forward_delays", self.forward_delays),
+            checked_delays("gradient_delays", self.gradient_delays),
+        )
         if len(p) != len(q):
             raise ValueError(
                 "`forward_delays` and `gradient_delays` must have one entry a hop (stages - 1): got "
@@ -209,10 +214,10 @@ class StalenessPlan:
             )
         row = {**PRESETS[name]}
         forward, gradient = row.pop("hop")
-        hops = _hops(stages, forward_delays, gradient_delays, staleness)
+        hops = hops_told(stages, forward_delays, gradient_delays, staleness)
         p = [forward] * hops if forward_delays is None else list(forward_delays)
         if staleness is not None:
-            q = _gradient_delays(p if forward_delays is not None else None, staleness, gradient_delays, forward)
+            q = delays_back(p if forward_delays is not None else None, staleness, gradient_delays, forward)
             p = (
                 p
                 if forward_delays is not None
@@ -350,68 +355,3 @@ class StalenessPlan:
     def __str__(self) -> str:
         p, m = (",".join(map(str, numbers)) for numbers in ((*self.forward_delays, 0), self.staleness))
         return f"{self.name}({p};{m})"
-
-
-def _delays(name: str, values: Any) -> tuple[int, ...]:
-    if isinstance(values, (str, int)) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"`{name}` must be a list of integers, one a hop: got {values!r}. Write for example [1, 1].")
-    if any(v < 0 for v in values):
-        raise ValueError(f"`{name}` must not be negative: got {list(values)}. Use 0 for a hop within the tick.")
-    return tuple(values)
-
-
-def _hops(stages: int | None, p: Sequence[int] | None, q: Sequence[int] | None, m: Sequence[int] | None) -> int:
-    told = {
-        name: count
-        for name, count in (
-            ("stages", stages),
-            ("forward_delays", None if p is None else len(p) + 1),
-            ("gradient_delays", None if q is None else len(q) + 1),
-            ("staleness", None if m is None else len(m)),
-        )
-        if count is not None
-    }
-    if not told:
-        raise ValueError(
-            "`stages` must be given where no delays tell it: got none of them. Write for example `stages=3`."
-        )
-    if len(set(told.values())) > 1:
-        each = ", ".join(f"`{name}` for {count} stages" for name, count in told.items())
-        raise ValueError(
-            f"All must be for the same number of stages: got {each}. Delays have one entry less than stages."
-        )
-    count = next(iter(told.values()))
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"`stages` must be an integer >= 1: got {count!r}. Write for example `stages=3`.")
-    return count - 1
-
-
-def _gradient_delays(p: list[int] | None, m: Sequence[int], q: Sequence[int] | None, forward: int) -> list[int]:
-    """Return ``q_k = m_k - m_{k+1} - p_k``; without ``p``, half of each hop (the greater half forward) unless fixed to 0."""
-    _delays("staleness", m)
-    steps = [a - b for a, b in pairwise(m)]
-    if m[-1] != 0 or any(step < 0 for step in steps):
-        raise ValueError(
-            f"`staleness` must fall from stage to stage and end with 0: got {list(m)}. Write for example [4, 2, 0]."
-        )
-    if p is None and q is None:
-        return [step // 2 if forward else step for step in steps]
-    if p is None:
-        assert q is not None
-        taken, name = list(q), "gradient_delays"
-    else:
-        taken, name = p, "forward_delays"
-    rest = [step - delay for step, delay in zip(steps, taken, strict=True)]
-    if any(r < 0 for r in rest):
-        raise ValueError(
-            f"`staleness` must leave room for `{name}`: got {list(m)}, which fall by {steps}, with {taken}. Give smaller "
-            "delays or a greater staleness."
-        )
-    if p is None:
-        return taken
-    if q is not None and list(q) != rest:
-        raise ValueError(
-            f"`gradient_delays` must be what `staleness` and `forward_delays` leave, {rest}: got {list(q)}. Leave "
-            "one of them out."
-        )
-    return rest

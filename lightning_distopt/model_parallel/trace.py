@@ -39,7 +39,8 @@ def chrome_trace(parts: Iterable[tuple[int, Iterable[tuple[str, int, int, float,
     begin = min((w[3] for _, work in listed for w in work), default=0.0)
     events: list[dict[str, Any]] = []
     for worker, work in listed:
-        events.append({"name": "process_name", "ph": "M", "pid": worker, "args": {"name": f"worker {worker}"}})
+        shown = f"worker {worker}, idle {100 * _idle(work):.1f} %"
+        events.append({"name": "process_name", "ph": "M", "pid": worker, "args": {"name": shown}})
         for kind, stage, batch, start, end in work:
             events.append(
                 {

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["NO_BATCH", "NoData"]
+__all__ = ["NO_BATCH", "NoData", "has_length"]
 
 NO_BATCH: tuple[()] = ()
+
+
+def has_length(loader: Any) -> bool:
+    """Whether a loader knows how many batches it has."""
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _always() -> bool:
+    return True
 
 
 class NoData:
@@ -15,19 +28,18 @@ class NoData:
 
     Args:
         loader: whose length is taken.
+        more: says whether another batch comes, where the loader has no length.
     """
 
-    def __new__(cls, loader: Any) -> NoData:
+    def __new__(cls, loader: Any, more: Callable[[], bool] = _always) -> NoData:
         """Choose the form without a length for a loader without one, and the one with a place for a loader with one."""
         placed = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        try:
-            len(loader)
-        except (TypeError, NotImplementedError):
-            return super().__new__(_EndlessPlaced if placed else _Endless)
+        if not has_length(loader):
+            return super().__new__(_StreamPlaced if placed else _Stream)
         return super().__new__(_Placed if placed else cls)
 
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+    def __init__(self, loader: Any, more: Callable[[], bool] = _always) -> None:
+        self._loader, self._more = loader, more
 
     def __iter__(self) -> Iterator[tuple[()]]:
         for _ in range(len(self._loader)):
@@ -37,11 +49,11 @@ class NoData:
         return len(self._loader)
 
 
-class _Endless(NoData):
+class _Stream(NoData):
     __len__ = None  # type: ignore[assignment]
 
     def __iter__(self) -> Iterator[tuple[()]]:
-        while True:
+        while self._more():
             yield NO_BATCH
 
 
@@ -56,5 +68,5 @@ class _Placed(NoData):
         """Leave it to Lightning to stop at the end of the epoch."""
 
 
-class _EndlessPlaced(_Endless, _Placed):
+class _StreamPlaced(_Stream, _Placed):
     pass

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_distopt.model_parallel.ends import Head, authors_split, balance_ends
 from lightning_distopt.model_parallel.layered import LayeredModule, loss_of
-from lightning_distopt.model_parallel.partition import LayerCost, costs_by_parameters
+from lightning_distopt.model_parallel.partition import LayerCost, costs_by_parameters, megabytes
 from lightning_distopt.model_parallel.staleness import BackwardWeights, Keep, TiedGrad, Timetable
 from lightning_distopt.strategies.checks import choice, flag
 from lightning_distopt.strategies.stale_pipeline import StalePipelineStrategy
@@ -92,16 +92,15 @@ class OuroborosStrategy(StalePipelineStrategy):
             return authors_split(kinds, self.stages - 1), costs_by_parameters(layers)
         costs, head = self._costs(module, layers)
         weights = [c.milliseconds for c in costs] if self._by_time(module) else self._sizes(module, layers)
-        memory = [float(sum(p.nbytes for p in layer.parameters())) for layer in layers.values()]
-        limit = None if self.memory_limit_mb is None else self.memory_limit_mb * 2**20
-        replay = self.plan.keep == "input"
-        return balance_ends(weights, self.stages, head, replay=replay, memory=memory, limit=limit), costs
+        replay, memory = self.plan.keep == "input", megabytes(layers)
+        cuts = balance_ends(weights, self.stages, head, replay=replay, memory=memory, limit=self.memory_limit_mb)
+        return cuts, costs
 
     def _costs(self, module: LayeredModule, layers: Mapping[str, nn.Module]) -> tuple[tuple[LayerCost, ...], Head]:
         """Return what layers and loss cost."""
         known = {id(p) for layer in layers.values() for p in layer.parameters()}
         held = list(module.loss.parameters()) if isinstance(module.loss, nn.Module) else []
-        memory = float(sum(p.nbytes for p in held if id(p) not in known))
+        memory = sum(p.nbytes for p in held if id(p) not in known) / 2**20
         if not self._by_time(module):
             return costs_by_parameters(layers), Head(
                 0.0 if self.balance == "layers" else float(sum(p.numel() for p in held)), memory

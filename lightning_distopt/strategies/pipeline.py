@@ -213,7 +213,8 @@ class PipelineStrategy(StagedStrategy):
         held = [p.grad for p in own]
         for parameter in own:
             parameter.grad = None
-        with self.precision_plugin.train_step_context():
+        where = f"pass batch {self._steps} through stage {'/'.join(map(str, self.blocks))}"
+        with self.precision_plugin.train_step_context(), self._failures(where, only=False):
             figures, size = self._run(batch)
         window = self._module.trainer.accumulate_grad_batches
         for parameter, group, _ in self._ties:

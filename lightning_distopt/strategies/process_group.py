@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_distopt.errors import CheckpointError
 from lightning_distopt.exchange import network_failures, roll_call
 from lightning_distopt.strategies import files
-from lightning_distopt.strategies.checks import positive
+from lightning_distopt.strategies.checks import choice, positive
 from lightning_distopt.strategies.compat import begin_next_epoch, connect_processes, is_interrupted, launcher_for
 from lightning_distopt.strategies.watch import Watch, watched
 from lightning_distopt.strategies.whole import read_safely
@@ -57,7 +57,7 @@ class ProcessGroupStrategy(ParallelStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        self.start_method = start_method
+        self.start_method: StartMethod = choice("start_method", start_method, StartMethod)
         self.timeout = positive("timeout", timeout)
         self.process_group_backend = process_group_backend
         self._machines = 1

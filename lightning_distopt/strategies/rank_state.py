@@ -39,7 +39,7 @@ from lightning_distopt.strategies.checkpoint import (
 )
 from lightning_distopt.strategies.compat import default_store
 from lightning_distopt.strategies.header import KEY, Header, check_sidecar, read_header
-from lightning_distopt.strategies.loader_places import end_unless_inside, is_inside_epoch, places_of, with_places
+from lightning_distopt.strategies.progress import end_unless_inside, is_inside_epoch, places_of, with_places
 from lightning_distopt.strategies.random_states import collect_random_states, restore_random_states
 from lightning_distopt.strategies.whole import newest_whole_checkpoint
 

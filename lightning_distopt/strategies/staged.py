@@ -1,73 +1,55 @@
-"""What all pipelines share: a layered model cut into stages, evaluation as a collective, ordinary checkpoints.
-
-Every process builds the whole model on the CPU and keeps it there; only its own stages go to the device and are trained. At
-checkpoints and at the end of a fit the owners broadcast their layers, so that files and processes hold the whole model
-under its own names.
-"""
+"""What all pipelines share beside the model's stages: data, replicas, averages, evaluation, ordinary checkpoints."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_distopt.compressors import Compressor, Specification
 from lightning_distopt.compressors.text import as_compressor
 from lightning_distopt.exchange import Meter
-from lightning_distopt.model_parallel.block import Block
-from lightning_distopt.model_parallel.layered import LayeredModule, batch_size_of, checked_layers, loss_of
-from lightning_distopt.model_parallel.partition import LayerCost, Partition, balance, costs_by_parameters, measure
+from lightning_distopt.model_parallel.layered import batch_size_of, loss_of
 from lightning_distopt.model_parallel.passage import Passage
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback, ReplicaMean
 from lightning_distopt.model_parallel.structure import map_tensors
 from lightning_distopt.resumable_loader import ResumableLoader
-from lightning_distopt.strategies.checks import choice, positive
-from lightning_distopt.strategies.loader_places import end_unless_inside, places_of, with_places
+from lightning_distopt.strategies.announcements import Announced, Announcements
 from lightning_distopt.strategies.named_optimizer import (
-    Layout,
-    keep_only,
-    layout_of,
     load_state,
     merge_states,
     own_state,
 )
-from lightning_distopt.strategies.no_data import NO_BATCH, NoData
+from lightning_distopt.strategies.no_data import NO_BATCH, NoData, has_length
+from lightning_distopt.strategies.progress import end_unless_inside, places_of, with_places
 from lightning_distopt.strategies.random_states import collect_random_states, restore_random_states
 from lightning_distopt.strategies.replica_state import check_added, merge_parts, state_for
 from lightning_distopt.strategies.stage_averages import StageAverages
-from lightning_distopt.strategies.stage_groups import StageGroups
 from lightning_distopt.strategies.staged_checks import checked_feedback, refuse_what_pipelines_cannot
+from lightning_distopt.strategies.staged_model import StagedModel
 
-__all__ = ["KEY", "Balance", "StagedStrategy"]
+__all__ = ["KEY", "StagedStrategy"]
 
 KEY = "lightning_distopt_pipeline"
 """Of what pipelines add to a checkpoint."""
-Balance = Literal["auto", "time", "parameters", "layers"]
 
 
-class StagedStrategy(StageGroups):
+class StagedStrategy(StagedModel):
     """Base class of the pipelines; see its subclasses.
 
     Args:
-        cuts: index of the first layer of every stage but the first; ``None`` balances.
-        balance: by what: measured "time" (needs ``example_input_array``), number of "parameters", number of "layers"; "auto" is
-            "time" where there is an example, else "parameters".
-        memory_limit_mb: most megabytes of parameters in one stage; ``None`` is no limit.
         compressor: of gradients between replicas, as in ``CompressedDDPStrategy``; ``None`` sends them as they are.
         error_feedback: between replicas, "gradient" or "none"; ``None`` is "gradient" where the compressor needs it.
-        **process_group: see :class:`ProcessGroupStrategy`.
+        **options: ``cuts``, ``balance``, ``memory_limit_mb`` of :class:`StagedModel`, and those of :class:`ProcessGroupStrategy`.
     """
 
     handles_window: ClassVar[bool] = False  # whether Lightning's accumulation of gradients applies
@@ -75,44 +57,17 @@ class StagedStrategy(StageGroups):
 
     def __init__(
         self,
-        cuts: Sequence[int] | None = None,
-        balance: Balance = "auto",
-        memory_limit_mb: float | None = None,
         compressor: Compressor | Specification | str | None = None,
         error_feedback: ReplicaFeedback | None = None,
-        **process_group: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**process_group)
+        super().__init__(**options)
         self.compressor = None if compressor is None else as_compressor(compressor)
         self.error_feedback = checked_feedback(self.compressor, error_feedback)
-        self.cuts = None if cuts is None else tuple(cuts)
-        self.balance: Balance = choice("balance", balance, Balance)
-        self.memory_limit_mb = None if memory_limit_mb is None else positive("memory_limit_mb", memory_limit_mb)
-        self.meter = Meter()
-        self.partition: Partition | None = None
-        self.blocks: dict[int, Block] = {}
-        self.layout: Layout = []
-        self._names: dict[nn.Parameter, str] = {}
         self._passage: Passage | None = None
         self.averages: list[StageAverages] = []
         self._seed = 0
         self._mean: ReplicaMean | None = None
-
-    # ---- checks -----------------------------------------------------------------------------------------------------
-
-    @property
-    def precision_plugin(self) -> Precision:
-        return super().precision_plugin
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        scaled = getattr(precision_plugin, "scaler", None) is not None
-        if scaled or getattr(precision_plugin, "precision", "") == "16-mixed":
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` does not support `precision='16-mixed'`: a loss scale shared by all stages would be a "
-                "lock between them. Use `precision='bf16-mixed'` or `'32-true'`."
-            )
-        self._precision_plugin = precision_plugin
 
     # ---- lifecycle --------------------------------------------------------------------------------------------------
 
@@ -159,133 +114,6 @@ class StagedStrategy(StageGroups):
         self._passage = Passage(self.blocks, ranks, self.global_rank, self.meter, self.timeout, self.root_device)
         self.setup_precision_plugin()
 
-    def _cut(self, module: LayeredModule) -> None:
-        layers = checked_layers(module)
-        names = tuple(layers)
-        if self.cuts is not None and len(self.cuts) != self.stages - 1:
-            raise ValueError(
-                f"`cuts` must have one entry less than stages: got {list(self.cuts)} for {self.stages} stages. Write for example "
-                f"{[len(names) * k // self.stages for k in range(1, self.stages)]}."
-            )
-        if len(names) < self.stages:
-            most = max(1, len(names) * self.workers // self.stages)
-            raise ValueError(
-                f"`devices` must leave every stage a layer: got {self.stages} stages on {self.workers} devices for {len(names)} "
-                f"layers. Use at most {most} of them for a copy of the model, or split `self.layers` finer."
-            )
-        found: Any = None
-        if self.global_rank == 0:
-            try:
-                found = (
-                    self._balanced(module, layers) if self.cuts is None else (self.cuts, costs_by_parameters(layers))
-                )
-            except (ValueError, MisconfigurationException) as error:
-                found = error.with_traceback(None)
-        found = self.broadcast(found)
-        if isinstance(found, Exception):
-            raise found  # on all ranks
-        cuts, costs = found
-        self.partition = Partition(names, tuple(cuts), costs)
-        loss = module.loss if isinstance(module.loss, nn.Module) else None
-        every = {
-            k: Block({n: layers[n] for n in self.partition.names(k)}, loss if k == self.stages - 1 else None)
-            for k in range(self.stages)
-        }
-        inside = {id(p) for block in every.values() for p in block.parameters()}
-        outside = [name for name, p in module.named_parameters() if id(p) not in inside]
-        if outside:
-            raise MisconfigurationException(
-                f"Every parameter must belong to `layers` or `loss`: got {outside} elsewhere. Move them into a layer."
-            )
-        self._check_shared(list(every.values()))
-        self.blocks = {k: block for k, block in every.items() if self.placement[k] == self.worker}
-        self._every = every
-        rank_zero_info(f"{type(self).__name__}: {self.stages} stages\n{self.partition.table()}")
-
-    def _balanced(self, module: LayeredModule, layers: Mapping[str, nn.Module]) -> tuple[tuple[int, ...], Any]:
-        by_time = self._by_time(module)
-        costs = self._measured(module, layers) if by_time else costs_by_parameters(layers)
-        weights = [c.milliseconds for c in costs] if by_time else [float(c.parameters) for c in costs]
-        if self.balance == "layers":
-            weights = [1.0] * len(costs)
-        memory = [float(sum(p.nbytes for p in layer.parameters())) for layer in layers.values()]
-        limit = None if self.memory_limit_mb is None else self.memory_limit_mb * 2**20
-        return balance(weights, self.stages, memory, limit), costs
-
-    def _measured(self, module: LayeredModule, layers: Mapping[str, nn.Module]) -> tuple[LayerCost, ...]:
-        return measure(layers, module.example_input_array, device=self.root_device)
-
-    def _by_time(self, module: LayeredModule) -> bool:
-        """Whether layers are balanced by measured time.
-
-        Raises:
-            MisconfigurationException: if that was asked for and there is nothing to measure with.
-        """
-        example = module.example_input_array
-        if self.balance == "time" and example is None:
-            raise MisconfigurationException(
-                "`balance='time'` needs an input to measure with: got no `example_input_array`. Set it in the module, or use "
-                "`balance='parameters'`."
-            )
-        return self.balance == "time" or (self.balance == "auto" and example is not None)
-
-    def _check_shared(self, blocks: Sequence[Block]) -> None:
-        """Refuse, or prepare for, parameters that several stages share."""
-        raise NotImplementedError
-
-    def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        super().setup_optimizers(trainer)
-        if len(self.optimizers) != 1:
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` needs one optimizer: got {len(self.optimizers)}. Use parameter groups."
-            )
-        optimizer = self.optimizers[0]
-        try:
-            self.layout = layout_of(optimizer, self._names)
-        except KeyError:
-            raise MisconfigurationException(
-                "`configure_optimizers` must step parameters of the module: got others among them. Register them "
-                "in `layers` or `loss`."
-            ) from None
-        keep_only(optimizer, self._own())
-
-    def _own(self) -> list[nn.Parameter]:
-        return list(dict.fromkeys(p for block in self.blocks.values() for p in block.parameters()))
-
-    def model_to_device(self) -> None:
-        if self.root_device.type == "cpu":
-            return
-        with self._only_own():
-            self._module.to(self.root_device)
-
-    @contextmanager
-    def _only_own(self) -> Iterator[None]:
-        """Take the layers of other processes out of the module for a moment."""
-        layers = self._module.layers
-        kept = {name: layer for block in self.blocks.values() for name, layer in block.layers.items()}
-        foreign = {name: layer for name, layer in layers.named_children() if name not in kept}
-        loss = (
-            self._module.loss
-            if isinstance(self._module.loss, nn.Module) and self.stages - 1 not in self.blocks
-            else None
-        )
-        for name in foreign:
-            setattr(layers, name, nn.Identity())
-        if loss is not None:
-            self._module.loss = nn.Identity()
-        try:
-            yield
-        finally:
-            for name, layer in foreign.items():
-                setattr(layers, name, layer)
-            if loss is not None:
-                self._module.loss = loss
-
-    @property
-    def _module(self) -> LayeredModule:
-        assert isinstance(self.lightning_module, LayeredModule)
-        return self.lightning_module
-
     def teardown(self) -> None:
         self._passage, self._mean, self.averages = None, None, []
         super().teardown()
@@ -293,8 +121,15 @@ class StagedStrategy(StageGroups):
     # ---- data -------------------------------------------------------------------------------------------------------
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Rank 0 of each pipeline reads data; the other ranks count batches."""
-        return dataloader if self.placement[0] == self.worker else NoData(dataloader)
+        """Rank 0 of each pipeline reads data; the other ranks count batches, or hear of them where nobody can count."""
+        reads = self.placement[0] == self.worker
+        if self.workers == 1 or has_length(dataloader):
+            return dataloader if reads else NoData(dataloader)
+        reader = self.rank_of(0)
+        first = self.replica * self.workers
+        others = [rank for rank in range(first, first + self.workers) if rank != reader]
+        words = Announcements(reader, others, self.global_rank, self.root_device)
+        return Announced(dataloader, words) if reads else NoData(dataloader, words.hear)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         return batch if batch is NO_BATCH else super().batch_to_device(batch, device, dataloader_idx)
@@ -305,7 +140,8 @@ class StagedStrategy(StageGroups):
         """Return the figures of all processes of this pipeline; each has names of its own."""
         parts: list[Any] = [figures] * self.workers
         if self.workers > 1:
-            dist.all_gather_object(parts, figures, group=self._pipe)
+            with self._failures("share figures"):
+                dist.all_gather_object(parts, figures, group=self._pipe)
         return {name: value for part in parts for name, value in part.items()}
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -344,7 +180,8 @@ class StagedStrategy(StageGroups):
         if self.workers == 1:
             return found
         objects = [map_tensors(lambda t: t.detach().cpu(), found) if self.stages - 1 in self.blocks else None]
-        self.broadcast_objects(objects, self.rank_of(self.stages - 1), self._pipe)
+        with self._failures("share what came out of the last stage"):
+            self.broadcast_objects(objects, self.rank_of(self.stages - 1), self._pipe)
         return map_tensors(lambda t: t.to(self.root_device), objects[0])
 
     def _begin_evaluation(self) -> None:
@@ -365,23 +202,6 @@ class StagedStrategy(StageGroups):
 
     # ---- the whole model --------------------------------------------------------------------------------------------
 
-    def share_weights(self) -> None:
-        """Let every process have the whole model: owners broadcast their layers."""
-        if self.workers > 1 and self.blocks:
-            self._share(self._every)
-
-    def _share(self, every: Mapping[int, Block]) -> None:
-        sent: set[int] = set()
-        for stage, block in every.items():
-            tensors = [t for t in (*block.parameters(), *block.buffers()) if t.numel() and id(t) not in sent]
-            sent.update(map(id, tensors))  # what several stages share is the same parameter in each process
-            for tensor in tensors:
-                value = tensor.detach().to(self.root_device).contiguous()
-                dist.broadcast(value, self.rank_of(stage), group=self._pipe)
-                if stage not in self.blocks:
-                    with torch.no_grad():
-                        tensor.copy_(value)
-
     def share_averages(self) -> None:
         """Let every process have the averages of the whole model, for Lightning's callbacks."""
         for averages in self.averages:
@@ -401,7 +221,8 @@ class StagedStrategy(StageGroups):
         if self.workers == 1:
             parts = [part]
         else:
-            dist.all_gather_object(parts, part, group=self._pipe)
+            with self._failures("gather the optimizer's state"):
+                dist.all_gather_object(parts, part, group=self._pipe)
         return merge_states(parts, self.layout)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -410,7 +231,8 @@ class StagedStrategy(StageGroups):
             parts: list[Any] = [(self.replica, self._own_part(checkpoint))]
             if self.world_size > 1:
                 gathered: list[Any] = [None] * self.world_size
-                dist.gather_object(parts[0], gathered if self.is_global_zero else None)
+                with self._failures("gather the state of the replicas"):
+                    dist.gather_object(parts[0], gathered if self.is_global_zero else None)
                 parts = gathered
             if self.is_global_zero:
                 checkpoint.setdefault(KEY, {})["replicas"] = merge_parts(parts, self.replicas)

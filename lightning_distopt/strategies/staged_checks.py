@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy
@@ -13,7 +16,7 @@ from lightning_distopt.model_parallel.layered import LayeredModule
 from lightning_distopt.model_parallel.replicas import ReplicaFeedback
 from lightning_distopt.strategies.checks import choice
 
-__all__ = ["checked_feedback", "refuse_what_pipelines_cannot"]
+__all__ = ["checked_cuts", "checked_feedback", "refuse_what_pipelines_cannot"]
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step", "forward")
 
@@ -66,6 +69,26 @@ def refuse_what_pipelines_cannot(strategy: ParallelStrategy, trainer: pl.Trainer
             f"`{name}` cannot gather the model after an exception, when its processes may be anywhere: got "
             "`ModelCheckpoint(save_on_exception=True)`. Leave it out, and save every so many steps."
         )
+
+
+def checked_cuts(cuts: Any) -> tuple[int, ...]:
+    """Return the first layer of every stage but the first.
+
+    Raises:
+        TypeError: for something else than a list of integers.
+        ValueError: if they do not rise from 1 on.
+    """
+    if isinstance(cuts, (str, int)) or not all(isinstance(c, int) and not isinstance(c, bool) for c in cuts):
+        raise TypeError(
+            f"`cuts` must be a list of integers, the first layer of each later stage: got {cuts!r}. Write for "
+            "example `cuts=[3, 7]`."
+        )
+    found = tuple(cuts)
+    if any(b <= a for a, b in pairwise((0, *found))):
+        raise ValueError(
+            f"`cuts` must rise, and begin with 1 or more: got {list(found)}. Write for example `cuts=[3, 7]`."
+        )
+    return found
 
 
 def checked_feedback(compressor: Compressor | Specification | None, asked: ReplicaFeedback | None) -> ReplicaFeedback:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,34 +12,34 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
-from lightning_distopt.model_parallel.block import Block
 from lightning_distopt.model_parallel.connect import connect, settle
 from lightning_distopt.model_parallel.layered import batch_size_of, loss_of
 from lightning_distopt.model_parallel.stage import BnUpdate, Stage
 from lightning_distopt.model_parallel.staleness import StalenessPlan
 from lightning_distopt.model_parallel.structure import map_tensors
-from lightning_distopt.model_parallel.ties import refuse_ties
 from lightning_distopt.model_parallel.trace import Trace, chrome_trace
 from lightning_distopt.model_parallel.worker import Worker, deposit, finite
 from lightning_distopt.strategies.checks import choice, count, flag, positive
 from lightning_distopt.strategies.compat import silence_sigterm_broadcast
 from lightning_distopt.strategies.no_data import NO_BATCH
 from lightning_distopt.strategies.pipeline_monitor import PipelineMonitor
+from lightning_distopt.strategies.planned import PlannedStrategy
+from lightning_distopt.strategies.progress import epochs_over
 from lightning_distopt.strategies.schedule_clock import ScheduleClock
-from lightning_distopt.strategies.staged import KEY, StagedStrategy
+from lightning_distopt.strategies.stage_update import nothing_to_clip, rescaled
+from lightning_distopt.strategies.staged import KEY
 
 __all__ = ["NonFinite", "StalePipelineStrategy"]
 
 NonFinite = Literal["skip", "raise"]
 
 
-class StalePipelineStrategy(StagedStrategy):
+class StalePipelineStrategy(PlannedStrategy):
     """Train the layers of a model in a pipeline that is never flushed: gradients are some batches old, and no device waits.
 
     Each device has a block of layers. In every training batch ("tick") it forwards one batch, back-propagates an earlier one
@@ -99,15 +97,7 @@ class StalePipelineStrategy(StagedStrategy):
         latency_ms: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        self._stages_asked = None if stages is None else count("stages", stages, 1)
-        self._plan_or_name = plan
-        asked = {"accumulate": accumulate, "timetable": timetable}
-        self._options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        if isinstance(plan, str) and "(" not in plan:
-            StalenessPlan.preset(plan, 4, **{**self._options, **({"accumulate": 64} if accumulate else {})})
-        else:
-            self._plan_for(None)
+        super().__init__(plan, stages, accumulate, timetable, **options)
         self.drain_every_epoch = flag("drain_every_epoch", drain_every_epoch)
         self.bn_update: BnUpdate = choice("bn_update", bn_update, BnUpdate)
         self.lr_rescale_steps = count("lr_rescale_steps", lr_rescale_steps, 0)
@@ -119,7 +109,6 @@ class StalePipelineStrategy(StagedStrategy):
         self.engine: Worker | None = None
         self.figures: dict[int, dict[str, Tensor]] = {}
         self.batch_size = 1
-        self._plan: StalenessPlan | None = None
         self._deposits: dict[nn.Parameter, Tensor] | None = None
         self._loss = torch.zeros(())
         self._epoch_is_over = False
@@ -127,45 +116,7 @@ class StalePipelineStrategy(StagedStrategy):
         self._dense_bytes = 0
         self._modes: dict[nn.Module, bool] = {}
 
-    # ---- plan -------------------------------------------------------------------------------------------------------
-
-    def _plan_for(self, devices: int | None) -> StalenessPlan:
-        if isinstance(self._plan_or_name, StalenessPlan):
-            return replace(self._plan_or_name, **self._options)
-        stages = None if "(" in self._plan_or_name else devices
-        return StalenessPlan.preset(self._plan_or_name, stages, **self._options)
-
-    @property
-    def plan(self) -> StalenessPlan:
-        """The plan, for as many stages as there are devices where only its name was given."""
-        if self._plan is None:
-            devices = self.num_nodes * self.num_processes
-            name = self._plan_or_name if isinstance(self._plan_or_name, str) else ""
-            plan = self._plan_for(self._stages_asked or StalenessPlan.stages_on(name, devices))
-            if devices % plan.workers:
-                raise ValueError(
-                    f"`devices` must be a multiple of the workers of the plan {plan}: got {devices} for {plan.workers}. Use "
-                    f"`devices={plan.workers}`, or a plan for {devices} stages."
-                )
-            self._plan = plan
-        return self._plan
-
-    @property
-    def placement(self) -> tuple[int, ...]:
-        return self.plan.placement
-
-    def _check_shared(self, blocks: Sequence[Block]) -> None:
-        try:
-            refuse_ties(self.plan, [dict(block.named_parameters()) for block in blocks])
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from None
-
     # ---- lifecycle --------------------------------------------------------------------------------------------------
-
-    def setup_environment(self) -> None:
-        self._plan = None  # devices are known now
-        assert self.plan
-        super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
@@ -272,7 +223,11 @@ class StalePipelineStrategy(StagedStrategy):
     ) -> Any:
         output = closure()
         self._update(optimizer, **kwargs)
-        if self._epoch_is_over and self.drain_every_epoch:
+        trainer = self._module.trainer
+        ends = (
+            -1 < trainer.max_steps <= trainer.global_step + 1
+        )  # what comes back after the last batch would not be logged
+        if (self._epoch_is_over and self.drain_every_epoch) or ends:
             self.drain()
         return output
 
@@ -282,7 +237,7 @@ class StalePipelineStrategy(StagedStrategy):
             return
         assert self.engine is not None
         if finite(deposits):
-            with self._rescaled(optimizer):
+            with rescaled(optimizer, self.rate_factor), nothing_to_clip(not deposits):
                 self.precision_plugin.optimizer_step(
                     optimizer, model=self._module, closure=lambda: self._loss, **kwargs
                 )
@@ -312,22 +267,6 @@ class StalePipelineStrategy(StagedStrategy):
         if self.skipped == 1:
             rank_zero_warn(f"{where}, and skips such updates; the other stages go on. `pipeline/skipped` counts them.")
 
-    @contextmanager
-    def _rescaled(self, optimizer: Optimizer) -> Iterator[None]:
-        """PipeMare's first technique: stages with older gradients begin with smaller steps."""
-        factor = self.rate_factor
-        if factor == 1.0:
-            yield
-            return
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
-        try:
-            yield
-        finally:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-
     @property
     def updates(self) -> int:
         """Updates of this device so far; of its least stale stage, where it has several."""
@@ -341,6 +280,11 @@ class StalePipelineStrategy(StagedStrategy):
         late = max(self.plan.staleness[k] for k in self.blocks)
         tau = max(1.0, late / self.plan.accumulate)
         return float(tau ** -(1.0 - min(self.updates / self.lr_rescale_steps, 1.0)))
+
+    @property
+    def non_finite_steps(self) -> int:
+        """Updates that this device skipped, under the name that all strategies have for it."""
+        return self.skipped
 
     # ---- drain ------------------------------------------------------------------------------------------------------
 
@@ -419,9 +363,8 @@ class StalePipelineStrategy(StagedStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         assert self.engine is not None
-        trainer = self._module.trainer
         # Where another strategy has saved it, each of its steps was an update of all stages.
-        counts = {"batches": 0, "updates": trainer.global_step, "epochs": trainer.current_epoch}
+        counts = {"batches": 0, "updates": checkpoint["global_step"], "epochs": epochs_over(checkpoint)}
         counts.update(checkpoint.get(KEY, {}))
         self.engine.batches = counts["batches"]
         self.clock.updates, self.clock.epochs = counts["updates"], counts["epochs"]

@@ -12,12 +12,14 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
+from lightning_distopt import StalePipelineStrategy
 from lightning_distopt.callbacks import CommunicationMonitor
 from lightning_distopt.callbacks.communication_monitor import _si
 from lightning_distopt.compressors import parse
 from lightning_distopt.exchange.meter import ring_all_reduce_bytes
 from tests.strategies.fits import At, compressed, fit, messages_to
 from tests.strategies.models import Net
+from tests.strategies.pipelines import Chain
 from tests.strategies.test_manual_optimization import Gan
 
 FIGURES = set(re.findall(r"^ *``(\w+/\w+)``", CommunicationMonitor.__doc__, re.MULTILINE))
@@ -252,3 +254,20 @@ def test_a_wrong_period_is_refused(value: Any, error: type[Exception]) -> None:
 )
 def test_bytes_for_people(nbytes: float, text: str) -> None:
     assert _si(nbytes) == text
+
+
+# --- pipelines ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stale_pipeline_counts_its_messages(tmp_path: Path) -> None:
+    def check(trainer: Trainer, module: Any) -> None:
+        sent = trainer.strategy.meter.sent
+        assert monitor.summary["steps"] == 6
+        assert monitor.summary["bytes_sent"] == sent["activations"] + sent["gradients"] > 0
+
+    monitor = CommunicationMonitor(table=False)
+    strategy = StalePipelineStrategy("dsp", start_method="fork", timeout=20, balance="layers")
+    rows = logged(tmp_path, strategy, monitor, module=Chain(2, batches=6), callbacks=[At(train_end=check)])
+    rows = [row for row in rows if "comm/bytes_sent" in row]
+    assert len(rows) == 2  # no update by the first: the fill
+    assert all(FIGURES - FEEDBACK - {"feedback/mismatch"} <= row.keys() for row in rows)

@@ -62,6 +62,11 @@ def test_the_table() -> None:
     assert Partition(("0", "1", "2"), (2,)).names(1) == ("2",)
 
 
+def test_an_example_must_pass_through_all_layers() -> None:
+    with pytest.raises(ValueError, match=r"example_input_array.*RuntimeError in layer 'b'.*balance='parameters'"):
+        measure({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}, torch.zeros(2, 4), device=torch.device("cpu"))
+
+
 def test_measuring_leaves_no_trace() -> None:
     layers = {"0": nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), "1": nn.Dropout(), "2": nn.Linear(8, 2)}
     before = [t.clone() for layer in layers.values() for t in layer.state_dict().values()]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from torch import nn
 
 from lightning_distopt import PipelineStrategy
 from tests.model_parallel.models import batches_of
-from tests.strategies.fits import At, distance, trainer
+from tests.strategies.fits import At, Failures, distance, trainer
 from tests.strategies.pipelines import Chain, Predicts, fit_pipeline
 
 SCHEDULE = partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.7)
@@ -106,3 +109,23 @@ def test_arguments_are_checked_at_once() -> None:
         PipelineStrategy(schedule="zero_bubble", chunks_per_device=3)
     with pytest.raises(Exception, match=r"multiple.*2 for 3"):
         fit_pipeline(chain(), piped(stages=3), 2)
+
+
+@pytest.mark.slow
+def test_a_hanging_neighbour_is_a_typed_error(tmp_path: Path) -> None:
+    class Hanging(nn.Module):
+        calls = 0
+
+        def forward(self, x: Any) -> Any:
+            Hanging.calls += torch.is_grad_enabled()
+            if Hanging.calls == 9:
+                time.sleep(5)
+            return x
+
+    module = chain()
+    module.layers = nn.Sequential(*module.layers[:-1], nn.Sequential(Hanging(), module.layers[-1]))
+    errors = Failures(tmp_path).fit(module, PipelineStrategy(start_method="fork", timeout=2, balance="layers"))
+    assert len(errors) == 2
+    assert re.match(
+        r"ExchangeError: In step \d rank 0 could not pass batch \d through stage 0 with .*`timeout`", errors[0]
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -33,6 +34,9 @@ pytestmark = [
 ]
 
 
+HOP = ("bytes_forward", "bytes_back", "queue_forward", "queue_back")
+
+
 def stale(plan: Any = "dsp", **options: Any) -> StalePipelineStrategy:
     return StalePipelineStrategy(plan, **{"start_method": "fork", "timeout": 20, "balance": "layers", **options})
 
@@ -51,11 +55,13 @@ def test_a_fit_is_the_simulation_bit_for_bit(name: str, devices: int) -> None:
     assert equal(fit_pipeline(Chain(4, batches=6), stale(name), devices, max_epochs=2), expected)
 
 
-def test_a_worker_may_have_several_stages() -> None:
-    """Ouroboros: first and last stage on one process, the middle on another."""
-    plan = StalenessPlan.preset("ouroboros", 3)
-    expected, _ = simulated(Chain(3, batches=7), plan)
-    assert equal(fit_pipeline(Chain(3, batches=7), stale("ouroboros"), 2), expected)
+@pytest.mark.parametrize(
+    "plan", [StalenessPlan.preset("ouroboros", 3), StalenessPlan.preset("dsp", 4, placement=(0, 1, 0, 1))], ids=str
+)
+def test_a_worker_may_have_several_stages(plan: StalenessPlan) -> None:
+    """Ouroboros: first and last stage on one process, the middle on another; and stages that take turns."""
+    expected, _ = simulated(Chain(plan.stages, batches=7), plan)
+    assert equal(fit_pipeline(Chain(plan.stages, batches=7), stale(plan), 2), expected)
 
 
 def test_delays_schedules_clipping_losses_and_a_short_last_batch() -> None:
@@ -69,7 +75,12 @@ def test_delays_schedules_clipping_losses_and_a_short_last_batch() -> None:
         assert trainer.global_step == 18
         assert trainer.strategy.updates == 18
         assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 18
-        assert "pipeline/bubble_fraction" in trainer.callback_metrics
+        assert {"pipeline/bubble_fraction", "pipeline/queue_depth"} <= trainer.callback_metrics.keys()
+        for hop in range(2):  # every rank knows all of them
+            hops = {name: trainer.callback_metrics[f"pipeline/hop_{hop}/{name}"] for name in HOP}
+            assert hops["bytes_forward"] > 5 * 6 * 8  # a batch of float64
+            assert 0 <= hops["queue_back"] <= plan.staleness[hop] + 2
+            assert 0 < hops["queue_forward"] <= plan.staleness[hop] + 2
         assert trainer.callback_metrics["pipeline/staleness"] == plan.staleness[trainer.global_rank]
 
     strategy = DSPStrategy([2, 2], staleness=[6, 3, 0], start_method="fork", timeout=20, balance="layers")
@@ -77,6 +88,23 @@ def test_delays_schedules_clipping_losses_and_a_short_last_batch() -> None:
         module(), strategy, max_epochs=2, gradient_clip_val=0.5, log_every_n_steps=2, callbacks=[At(train_end=check)]
     )
     assert equal(found, expected)
+
+
+def test_a_fit_that_ends_inside_of_an_epoch_logs_all_its_losses() -> None:
+    def check(trainer: Trainer, module: Any) -> None:
+        assert len(module.seen["train"]) == trainer.global_step == 5
+
+    trainer(stale(), 5, 3, max_epochs=2, callbacks=[At(train_end=check)]).fit(Chain(3, batches=8))
+
+
+def test_a_stage_may_have_nothing_to_train() -> None:
+    """And a clipped norm of nothing is no warning."""
+    module = Chain(2, batches=4, norm=False)
+    module.layers = nn.Sequential(nn.Flatten(), *module.layers)
+    module.layers[1].requires_grad_(False)
+    before = module.layers[1][0].weight.clone()
+    found = fit_pipeline(module, stale(), 3, gradient_clip_val=0.5)
+    assert torch.equal(found["layers.1.0.weight"], before)
 
 
 def test_a_fit_exports_its_timeline(tmp_path: Path) -> None:
@@ -89,6 +117,8 @@ def test_a_fit_exports_its_timeline(tmp_path: Path) -> None:
     assert sorted(e["name"] for e in events) == sorted(
         f"{kind}{b}" for kind in "FB" for b in range(4) for _ in range(2)
     )
+    names = [e["args"]["name"] for e in found["traceEvents"] if e["name"] == "process_name"]
+    assert all("idle" in name for name in names)
     assert set(found["otherData"]["idle_fraction"]) == {"worker 0", "worker 1"}
 
 
@@ -283,7 +313,12 @@ def test_a_single_devices_checkpoint_resumes_in_a_pipeline(tmp_path: Path) -> No
     path, _ = saved_at(tmp_path, 1, "auto", **quiet)
     alone, piped = Chain(4, batches=5, **quiet), Chain(4, batches=5, **quiet)
     trainer("auto", -1, 1, max_epochs=2).fit(alone, ckpt_path=path)
-    trainer(stale("naive"), -1, 2, max_epochs=2).fit(piped, ckpt_path=path)
+
+    def check(trainer: Trainer, module: Any) -> None:
+        assert (trainer.strategy.updates, trainer.strategy.clock.epochs) == (5, 1)  # steps were updates there
+
+    made = trainer(stale("naive"), -1, 2, max_epochs=2, callbacks=[At(train_start=check)])
+    made.fit(piped, ckpt_path=path)
     assert equal(alone.state_dict(), piped.state_dict())
 
 
@@ -400,7 +435,24 @@ def test_what_cannot_work_is_refused_at_the_start(module: Any, arguments: dict[s
         fit_pipeline(module(), stale(), **arguments)
 
 
+def test_what_rank_0_finds_wrong_is_raised_on_all_ranks(tmp_path: Path) -> None:
+    errors = Failures(tmp_path).fit(Chain(3), stale(memory_limit_mb=1e-5))
+    assert len(errors) == 2
+    assert all(re.match(r"ValueError: `memory_limit_mb` .*got 1e-05", error) for error in errors)
+
+
 def test_arguments_are_checked_at_once() -> None:
+    for wrong in (3, "1", ["a"]):
+        with pytest.raises(TypeError, match="cuts"):
+            DSPStrategy(cuts=wrong)
+    with pytest.raises(ValueError, match=r"cuts.*\[5, 2\]"):
+        DSPStrategy(cuts=[5, 2])
+    with pytest.raises(TypeError, match="plan"):
+        StalePipelineStrategy(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="forward_delays"):
+        DSPStrategy(1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="start_method"):
+        DSPStrategy(start_method="thread")
     with pytest.raises(ValueError, match="gpipe"):
         StalePipelineStrategy("gpipe")
     with pytest.raises(ValueError, match="staleness"):

@@ -1,4 +1,4 @@
-"""Where the loaders of a run are, in a checkpoint of Lightning's."""
+"""How far a run has come, and where its loaders are, in a checkpoint of Lightning's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from typing import Any
 
 from lightning_distopt.resumable_loader import ResumableLoader
 
-__all__ = ["end_unless_inside", "is_inside_epoch", "places_of", "with_places"]
+__all__ = ["end_unless_inside", "epochs_over", "is_inside_epoch", "places_of", "with_places"]
 
 
 def is_inside_epoch(checkpoint: Mapping[str, Any]) -> bool:
     """Whether batches of the epoch were left when it was saved."""
     epoch = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
     return bool(epoch.get("current", {}).get("ready", 0)) and not epoch.get("is_last_batch", True)
+
+
+def epochs_over(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many epochs had been trained to their end."""
+    begun = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).get("current", {}).get("ready", 0)
+    return int(begun) - is_inside_epoch(checkpoint)
 
 
 def places_of(checkpoint: Mapping[str, Any]) -> list[Any]:
