@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -133,14 +135,21 @@ class ProcessGroupStrategy(ParallelStrategy):
     @property
     def round(self) -> int:
         """Number of the step that this rank is in."""
-        module = self.lightning_module
-        return 0 if module is None or module._trainer is None else int(module.trainer.global_step)
+        trainer = self._attached
+        return 0 if trainer is None else int(trainer.global_step)
 
     @property
     def is_ending(self) -> bool:
         """Whether an exception is ending what the trainer does, so that other ranks may be anywhere."""
-        module = self.lightning_module
-        return module is not None and module._trainer is not None and is_interrupted(module.trainer)
+        trainer = self._attached
+        return trainer is not None and is_interrupted(trainer)
+
+    @property
+    def _attached(self) -> pl.Trainer | None:
+        """The trainer, once the module knows it."""
+        with suppress(RuntimeError):
+            return None if self.lightning_module is None else self.lightning_module.trainer
+        return None
 
     @property
     def torn(self) -> bool:

@@ -60,7 +60,7 @@ def private_accesses() -> dict[str, str]:
                 or name in ("_asdict", "_replace", "_exit")
             ):
                 continue  # public names; a named tuple's methods and os._exit are among them
-            of_a_strategy = path.name in ("compressed_ddp.py", "process_group.py") and name in theirs
+            of_a_strategy = path.name in ("compressed_ddp.py", "process_group.py", "watched_ddp.py") and name in theirs
             if of_a_strategy or (isinstance(node, ast.Attribute) and name not in defined):
                 found[name] = path.name
     return found
