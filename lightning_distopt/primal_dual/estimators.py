@@ -134,7 +134,8 @@ class ACPDClassifier(ClassifierMixin, Linear):
 
     def _told(self, x: Any, y: NDArray[Any], weight: Array, classes: Any = None) -> dict[str, Any]:
         check_classification_targets(y)
-        labels, places = np.unique(y, return_inverse=True)
+        labels = np.unique(y)
+        places = np.searchsorted(labels, y)
         if classes is not None and not np.isin(labels, classes).all():
             outside = labels[~np.isin(labels, classes)]
             raise DataError(

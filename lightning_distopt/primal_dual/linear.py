@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
@@ -175,7 +174,7 @@ class Linear(BaseEstimator):
                     model, alpha, found = self._solve_one(x, y, weight, loss, lam, config, start, on_row, problem)
                 else:
                     shard = make_shard(x, y, loss, lam, total, weight, bool(self.fit_intercept))
-                    model, alpha, found = self._solve_shard(shard, config, start, on_row, problem, ranks)
+                    model, alpha, found = self._solve_shard(x, shard, config, start, on_row, problem, ranks)
             models.append(model)
             duals.append(alpha)
             gap, primal = gap + found.gap, primal + found.primal
@@ -221,6 +220,7 @@ class Linear(BaseEstimator):
 
     def _solve_shard(
         self,
+        x: Any,
         shard: Shard,
         config: Config,
         start: Array | None,
@@ -230,10 +230,7 @@ class Linear(BaseEstimator):
     ) -> Any:
         file = None
         if self.checkpoint is not None:
-            mark = fingerprint_of(
-                widened(sp.csr_matrix((shard.data, shard.indices, shard.indptr)), shard.dim), shard.y, shard.weight,
-                shard.loss.name, shard.lam, shard.bias,
-            )  # fmt: skip
+            mark = fingerprint_of(x, shard.y, shard.weight, shard.loss.name, shard.lam, shard.bias)
             file = CheckpointFile(checkpoint_path(self.checkpoint, problem, ranks), mark)
         model, alpha, found, history = solve_on_ranks(
             shard, config, ranks, problem, on_row, alpha=start, file=file, checkpoint_every=self.checkpoint_every,

@@ -1,4 +1,4 @@
-"""Samples -> shards: which worker gets which rows, and a CSR matrix as the arrays that kernels take."""
+"""Samples -> shards: which worker gets which rows of a CSR matrix, whose entries all of them share."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def parts(n: int, workers: int, seed: int) -> list[NDArray[np.int64]]:
     """Return the rows of each worker, ascending: a seeded random partition into parts that differ by at most one row."""
     if workers == 1:
         return [np.arange(n, dtype=np.int64)]
-    order = np.empty(n, np.int32)
+    order, owner = np.empty(n, np.int32), np.empty(n, np.int32)
     kernels.permutation(order, np.uint64(derive_key(seed, 0, 0, "partition") & (2**64 - 1)))
-    return [np.sort(order[k::workers]).astype(np.int64) for k in range(workers)]
+    owner[order] = np.arange(n, dtype=np.int32) % workers
+    return [np.flatnonzero(owner == k) for k in range(workers)]
 
 
 def as_csr(x: Any) -> Any:
@@ -55,11 +56,21 @@ def as_csr(x: Any) -> Any:
 
 
 def make_shard(
-    x: Any, y: Array, loss: Loss, lam: float, total: float, weight: Array | None = None, bias: bool = False
+    x: Any,
+    y: Array,
+    loss: Loss,
+    lam: float,
+    total: float,
+    weight: Array | None = None,
+    bias: bool = False,
+    rows: NDArray[np.int64] | None = None,
 ) -> Shard:
-    """Return the shard that holds the rows of ``x`` (CSR); the arrays are shared."""
+    """Return the shard that holds the rows of ``x`` (CSR), or some of them; entries are shared, not copied."""
+    starts, ends = x.indptr[:-1], x.indptr[1:]
     ones = np.ones(x.shape[0]) if weight is None else weight
-    return Shard(x.indptr, x.indices, x.data, y, ones, x.shape[1], loss, lam, total, bias)
+    if rows is not None:
+        starts, ends, y, ones = starts[rows], ends[rows], y[rows], ones[rows]
+    return Shard(starts, ends, x.indices, x.data, y, ones, x.shape[1], loss, lam, total, bias)
 
 
 def shards_of(
@@ -100,4 +111,4 @@ def shards_of(
             f"`y` must be -1 or 1 for `loss={loss!r}`: got {wrong}. Use an estimator, which takes any labels."
         )
     chosen = parts(len(y), workers, seed) if rows is None else rows
-    return [make_shard(x[part], y[part], row, lam, total, ones[part], bias) for part in chosen]
+    return [make_shard(x, y, row, lam, total, ones, bias, part) for part in chosen]
