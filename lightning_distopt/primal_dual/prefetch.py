@@ -17,8 +17,7 @@ __all__ = ["prefetch"]
 _READ, _KEEP, _DATA = 0, 3, 1  # LLVM's words: for reading, in all caches, not code
 
 
-@intrinsic
-def prefetch(typing_context: Any, array: Any, place: Any) -> Any:
+def _prefetch(typing_context: Any, array: Any, place: Any) -> Any:
     """Ask for ``array[place]`` of a contiguous array, in compiled code; a place outside is harmless."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -31,3 +30,6 @@ def prefetch(typing_context: Any, array: Any, place: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, place), generate
+
+
+prefetch: Any = intrinsic(_prefetch)
