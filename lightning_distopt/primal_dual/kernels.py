@@ -150,6 +150,13 @@ def _dot(indices, data, start, end, m):
     return (first + second) + (third + fourth)
 
 
+@njit(**PLAIN)
+def _ask(indices, start, end, m):
+    """Ask for the coordinates of ``m`` that a row names."""
+    for p in range(start, end):
+        prefetch(m, indices[p])
+
+
 @njit(**FUSED)
 def sdca(starts, ends, indices, data, y, weight, factor, q, alpha, order, m, sigma, loss, s, bias):
     """Step along the coordinates of ``order``, changing ``alpha`` and ``m`` in place; sigma is in the curvature too.
@@ -175,8 +182,7 @@ def sdca(starts, ends, indices, data, y, weight, factor, q, alpha, order, m, sig
             prefetch(alpha, i)
         if far and t + 1 < count:
             i = order[t + 1]
-            for p in range(starts[i], ends[i]):
-                prefetch(m, indices[p])
+            _ask(indices, starts[i], ends[i], m)
         i = order[t]
         start, end = starts[i], ends[i]
         z = _dot(indices, data, start, end, m)
@@ -258,8 +264,10 @@ def _dual(loss, s, alpha, y):
 @njit(**FUSED)
 def primal_sum(starts, ends, indices, data, y, weight, w, loss, s, bias):
     """Return ``sum_i c_i phi(x_i . w, y_i)``."""
-    total = 0.0
+    total, far = 0.0, w.size > _FAR
     for i in range(y.size):
+        if far and i + 1 < y.size:
+            _ask(indices, starts[i + 1], ends[i + 1], w)
         z = _dot(indices, data, starts[i], ends[i], w)
         if bias:
             z += w[w.size - 1]
@@ -279,7 +287,10 @@ def dual_sum(alpha, y, weight, loss, s):
 @njit(**SUMS)
 def add_rows(starts, ends, indices, data, factor, weight, alpha, bias, out):
     """``out += factor sum_i weight[i] alpha[i] x_i``."""
+    far = out.size > _FAR
     for i in range(alpha.size):
+        if far and i + 1 < alpha.size:
+            _ask(indices, starts[i + 1], ends[i + 1], out)
         c = factor * weight[i] * alpha[i]
         if c != 0.0:
             for p in range(starts[i], ends[i]):

@@ -18,15 +18,23 @@ from lightning_distopt.primal_dual.shard import Shard
 __all__ = ["as_csr", "make_shard", "parts", "shards_of"]
 
 Array = NDArray[np.float64]
+_BLOCK, _BLOCKS = 64, 512
 
 
 def parts(n: int, workers: int, seed: int) -> list[NDArray[np.int64]]:
-    """Return the rows of each worker, ascending: a seeded random partition into parts that differ by at most one row."""
+    """Return the rows of each worker, ascending: a seeded random partition into parts of equal size, up to a block.
+
+    Many samples are divided by blocks of consecutive rows, at least 512 a worker and at most 64 rows long: memory is read
+    much faster in pieces that a processor can foresee, and samples in the order of their labels are divided evenly all the same.
+    """
     if workers == 1:
         return [np.arange(n, dtype=np.int64)]
-    order, owner = np.empty(n, np.int32), np.empty(n, np.int32)
+    block = max(1, min(_BLOCK, n // (_BLOCKS * workers)))
+    blocks = -(-n // block)
+    order, owner = np.empty(blocks, np.int32), np.empty(blocks, np.int32)
     kernels.permutation(order, np.uint64(derive_key(seed, 0, 0, "partition") & (2**64 - 1)))
-    owner[order] = np.arange(n, dtype=np.int32) % workers
+    owner[order] = np.arange(blocks, dtype=np.int32) % workers
+    owner = np.repeat(owner, block)[:n]
     return [np.flatnonzero(owner == k) for k in range(workers)]
 
 
