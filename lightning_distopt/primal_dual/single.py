@@ -56,7 +56,7 @@ def solve_alone(
     """
     start = time.perf_counter()
     at = np.zeros(shard.n) if alpha is None else shard.loss.feasible(np.ascontiguousarray(alpha, np.float64), shard.y)
-    w = shard.contribution(at)
+    w = np.zeros(shard.dim) if alpha is None else shard.contribution(at)
     history: list[Row] = []
     primal = 0.0
 
