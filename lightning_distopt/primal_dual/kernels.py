@@ -30,6 +30,7 @@ __all__ = [
     "norms",
     "passes",
     "permutation",
+    "primal_and_unsettled",
     "primal_sum",
     "sdca",
     "shuffle",
@@ -275,6 +276,25 @@ def primal_sum(starts, ends, indices, data, y, weight, w, loss, s, bias):
     return total
 
 
+@njit(**FUSED)
+def primal_and_unsettled(starts, ends, indices, data, y, weight, w, loss, s, bias, alpha, most, out):
+    """:func:`primal_sum`, and into ``out`` the samples whose step at ``w`` is not 0, for the hinges; return sum and how many."""
+    total, count, far = 0.0, 0, w.size > _FAR
+    smooth = 1.0 if loss == 3 else s
+    for i in range(y.size):
+        if far and i + 1 < y.size:
+            _ask(indices, starts[i + 1], ends[i + 1], w)
+        z = _dot(indices, data, starts[i], ends[i], w)
+        if bias:
+            z += w[w.size - 1]
+        total += weight[i] * _value(loss, s, z, y[i])
+        beta = y[i] * alpha[i]
+        slope = 1.0 - y[i] * z - smooth * beta
+        out[count] = i
+        count += (slope > 0.0 and beta < most) or (slope < 0.0 and beta > 0.0)
+    return total, count
+
+
 @njit(**SUMS)
 def dual_sum(alpha, y, weight, loss, s):
     """Return ``sum_i c_i dual(alpha_i, y_i)``."""
@@ -332,23 +352,23 @@ def apart(v, w):
 
 
 @njit(**PLAIN)
-def first_repeated(indptr, indices, columns):
+def first_repeated(starts, ends, indices, columns):
     """Return the first row that names a column twice or one out of range, -1 if there is none."""
     seen = np.full(0, -1, np.int64)
-    for i in range(indptr.size - 1):
-        previous, ascending = np.int64(-1), True
-        for p in range(indptr[i], indptr[i + 1]):
-            j = np.int64(indices[p])
-            if j < 0 or j >= columns:
+    for i in range(starts.size):
+        start, end = starts[i], ends[i]
+        falls = 0
+        for p in range(start + 1, end):
+            falls += indices[p] <= indices[p - 1]
+        if falls == 0:
+            if end > start and (indices[start] < 0 or indices[end - 1] >= columns):
                 return i
-            if j <= previous:
-                ascending = False
-            previous = j
-        if not ascending:
-            if seen.size == 0:
-                seen = np.full(columns, -1, np.int64)
-            for p in range(indptr[i], indptr[i + 1]):
-                if seen[indices[p]] == i:
-                    return i
-                seen[indices[p]] = i
+            continue
+        if seen.size == 0:
+            seen = np.full(columns, -1, np.int64)
+        for p in range(start, end):
+            j = indices[p]
+            if j < 0 or j >= columns or seen[j] == i:
+                return i
+            seen[j] = i
     return -1

@@ -108,6 +108,14 @@ class Shard:
         )  # fmt: skip
         return float(total)
 
+    def primal_and_unsettled(self, w: Array, alpha: Array, most: float, out: NDArray[np.int32]) -> tuple[float, int]:
+        """Return :meth:`primal_sum` and how many samples, now first in ``out``, a step at ``w`` would move; for the hinges."""
+        total, count = kernels.primal_and_unsettled(
+            self.starts, self.ends, self.indices, self.data, self.y, self.weight, w, self.loss.code, self.loss.smoothing,
+            self.bias, alpha, most, out,
+        )  # fmt: skip
+        return float(total), int(count)
+
     @property
     def primal_at_zero(self) -> float:
         """``1/N sum_i c_i phi(0, y_i)``: P(0), and the gap at alpha = 0 too, since D(0) is 0."""

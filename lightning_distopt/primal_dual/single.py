@@ -6,7 +6,8 @@ problems, of which a thousand passes take milliseconds, are solved further than 
 depend on the order of samples; a small quadratic one ends with a direct solve.
 
 Where dual variables stop at bounds (hinges), most stay there: a pass over all samples is followed by passes over those that
-it moved or that are between the bounds. Nothing is left out for good, so the certificate needs no second look.
+it moved or that are between the bounds. A certificate looks at all samples anyway, so it also says whom a step would move:
+those are the next. Nothing is left out for good, so the certificate needs no second look.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def solve_alone(
         else:
             shard.passes(at, w, 1.0, [pass_key(seed, 0, done + k) for k in range(some)])
             done += some
-        primal = shard.primal_sum(w)
+        primal = shard.primal_sum(w) if few is None else few.primal_sum()
         if note(done, w).relative <= tol:
             break
         ahead = rounds_ahead(history, tol, at_zero)
@@ -103,7 +104,7 @@ def solve_alone(
 
 
 class _Few:
-    """Passes over all samples, each followed by passes over those that it moved or that are between the bounds.
+    """Passes over the samples that matter: those that a pass over all has moved or left free, or that a certificate names.
 
     Args:
         shard: all samples.
@@ -116,18 +117,28 @@ class _Few:
         self._shard, self._alpha, self._w, self._seed = shard, alpha, w, seed
         self._before, self._few = np.empty(shard.n), np.empty(shard.n, np.int32)
         self._most = 1.0 if shard.loss.code == HINGE else math.inf
+        self._count = shard.n  # of the few, as far as they are known
 
     def passes(self, done: int, most: int) -> int:
-        """Visit all samples, then up to ``_FEW_PASSES`` times the few; return the passes made, at most ``most``."""
-        shard = self._shard
-        self._before[:] = self._alpha
-        shard.passes(self._alpha, self._w, 1.0, [pass_key(self._seed, 0, done)])
-        few = self._few[: kernels.unsettled(self._alpha, self._before, self._most, self._few)]
-        passes = min(_FEW_PASSES, most - 1) if few.size < _FEW * shard.n else 0
-        for k in range(passes):
-            kernels.shuffle(few, np.uint64(pass_key(self._seed, 0, done + 1 + k) & (2**64 - 1)))
+        """Visit all samples, unless the few are known, then up to ``_FEW_PASSES`` times these; return the passes made."""
+        shard, enough = self._shard, _FEW * self._shard.n
+        whole = int(self._count >= enough)
+        if whole:
+            self._before[:] = self._alpha
+            shard.passes(self._alpha, self._w, 1.0, [pass_key(self._seed, 0, done)])
+            self._count = kernels.unsettled(self._alpha, self._before, self._most, self._few)
+        few = self._few[: self._count]
+        passes = min(_FEW_PASSES, most - whole) if self._count < enough else 0
+        for k in range(whole, whole + passes):
+            kernels.shuffle(few, np.uint64(pass_key(self._seed, 0, done + k) & (2**64 - 1)))
             shard.visit(self._alpha, self._w, 1.0, few)
-        return 1 + passes
+        self._count = shard.n
+        return whole + passes
+
+    def primal_sum(self) -> float:
+        """Return that of the shard; the few are known then."""
+        total, self._count = self._shard.primal_and_unsettled(self._w, self._alpha, self._most, self._few)
+        return total
 
 
 def _direct(shard: Shard) -> Array:

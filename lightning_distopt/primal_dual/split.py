@@ -55,7 +55,7 @@ def as_csr(x: Any) -> Any:
         bad = int(np.flatnonzero(~np.isfinite(x.data))[0])
         row = int(np.searchsorted(x.indptr, bad, side="right")) - 1
         raise DataError(f"`X` must not hold NaN or infinity: got {x.data[bad]} in row {row}. Remove or replace it.")
-    repeated = int(kernels.first_repeated(x.indptr, x.indices, x.shape[1]))
+    repeated = int(kernels.first_repeated(x.indptr[:-1], x.indptr[1:], x.indices, x.shape[1]))
     if repeated >= 0:
         raise DataError(
             f"`X` must name each feature once a row, below {x.shape[1]}: row {repeated} does not. Call `X.sum_duplicates()`."
