@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from benchmarks import primal_dual_problems as problems
@@ -37,7 +38,8 @@ from benchmarks.primal_dual_hosts import floor, hosts
 from benchmarks.primal_dual_simulated import simulated
 from benchmarks.results_file import wait_for_quiet
 from lightning_distopt.primal_dual import LOSSES, ACPDClassifier
-from lightning_distopt.primal_dual.split import make_shard
+from lightning_distopt.primal_dual.split import make_shard, parts
+from tests.ranks import run_ranks
 
 Array = NDArray[np.float64]
 
@@ -153,6 +155,7 @@ def two(given: argparse.Namespace) -> None:
             if all(problems.RESULTS.find(**common, method=method) for method in methods):
                 continue
             wait_for_quiet(given.patience)
+            _note_scaling(x, y, loss, given.lam, common)
             found: dict[str, list[tuple[float, float, int]]] = {method: [] for method in methods}
             for turn in range(given.repeats + 1):  # the first compiles
                 for method, own in methods.items():
@@ -165,6 +168,22 @@ def two(given: argparse.Namespace) -> None:
                 seconds, wholes = [one[0] for one in runs], [one[1] for one in runs]
                 told = f"{problems.spread(seconds)}; the whole fit {min(wholes):.3f}"
                 problems.row(**common, method=method, seconds=f"{min(seconds):.3f}", rounds=runs[0][2], extra=told)
+
+
+def _note_scaling(x: Any, y: Array, loss: str, lam: float, common: dict[str, Any]) -> None:
+    """What two processes could gain if they had nothing to say to each other: half a pass each, at once, against a whole one."""
+    for processes, method in ((1, "a pass, 1 process"), (2, "half a pass each, 2 processes at once")):
+        seconds = max(run_ranks(processes, _passed, x, y, loss, lam, timeout=300.0))
+        problems.row(**common, method=method, seconds=f"{seconds:.3f}")
+
+
+def _passed(rank: int, world: int, x: Any, y: Array, loss: str, lam: float) -> float:
+    shard = make_shard(x, y, LOSSES[loss], lam, float(len(y)), rows=parts(len(y), world, 0)[rank])
+    alpha, m, times = np.zeros(shard.n), np.zeros(shard.dim), []
+    for number in range(4):
+        dist.barrier()
+        times.append(_timed(shard.passes, alpha, m, float(world), [number]))
+    return min(times[1:])
 
 
 def table() -> str:

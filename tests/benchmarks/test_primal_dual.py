@@ -28,11 +28,11 @@ def test_one_worker_and_two_are_compared_and_told_in_a_table(
     primal_dual.main(["single", f"mine={tmp_path / 'data'}", *SMALL])
     primal_dual.main(["two", "generated", *SMALL])
     made = [(row["data"], row["loss"], row["method"]) for row in results.rows()]
-    assert len(made) == len(set(made)) == 12
+    assert len(made) == len(set(made)) == 16
     assert ("mine", "logistic", "liblinear") in made
     assert ("generated 300x400", "logistic", "2 workers") in made
     primal_dual.main(["two", "generated", *SMALL, "--table"])
-    assert len(results.rows()) == 12  # nothing is run twice
+    assert len(results.rows()) == 16  # nothing is run twice
     assert "| mine | hinge | lam=0.05 |" in capsys.readouterr().out
 
 
