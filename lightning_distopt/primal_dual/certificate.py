@@ -2,12 +2,14 @@
 
     P = primal_sum(v) / N + lam/2 |v|^2        D = dual_sum / N - lam/2 |v|^2        v = v(alpha), exactly
 
-The gap holds whatever alpha is. It is taken at w = v(alpha).
+The gap holds whatever alpha is. It is taken at w = v(alpha), or at the w that a run has tracked, which rounding keeps a
+little apart: P of the one and D of the other are exact all the same.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,8 +17,10 @@ from numpy.typing import NDArray
 
 from lightning_distopt.errors import CertificateError
 
-__all__ = ["Certificate", "Row", "certify"]
+__all__ = ["ROUNDING", "Certificate", "Row", "certify", "rounds_ahead"]
 
+Array = NDArray[np.float64]
+ROUNDING = 1e-9  # of the largest coordinate: what a tracked w may differ from v(alpha) by and be kept
 _TOLERATED = 1e-9  # of max(1, |P|): what rounding may take from the gap
 
 
@@ -70,14 +74,16 @@ class Row:
         return asdict(self)
 
 
-def certify(primal_sum: float, dual_sum: float, v: NDArray[np.float64], lam: float, total: float) -> Certificate:
-    """Return the certificate at ``v = v(alpha)``.
+def certify(
+    primal_sum: float, dual_sum: float, v: Array, lam: float, total: float, w: Array | None = None
+) -> Certificate:
+    """Return the certificate of ``w``, which is ``v = v(alpha)`` where it is not given.
 
     Raises:
         CertificateError: if it is not finite (the run has diverged), or negative beyond rounding.
     """
     half = 0.5 * lam * float(v @ v)
-    found = Certificate(primal_sum / total + half, dual_sum / total - half)
+    found = Certificate(primal_sum / total + (half if w is None else 0.5 * lam * float(w @ w)), dual_sum / total - half)
     if not math.isfinite(found.primal) or not math.isfinite(found.dual):
         raise CertificateError(
             f"The objectives must be finite: got P = {found.primal} and D = {found.dual}. The run has diverged: use "
@@ -90,3 +96,22 @@ def certify(primal_sum: float, dual_sum: float, v: NDArray[np.float64], lam: flo
             "its dual variables do not belong together; please report this."
         )
     return found
+
+
+def rounds_ahead(history: Sequence[Row], tol: float, at_zero: float | None = None) -> int:
+    """Return the rounds until the next certificate: as many as were done, or fewer where the gap's rate says so.
+
+    Args:
+        history: rows so far, at least one.
+        tol: of the relative gap.
+        at_zero: P(0), the gap at alpha = 0, where the run started there.
+    """
+    last = history[-1]
+    gap, rounds = (history[-2].gap, history[-2].rounds) if len(history) > 1 else (at_zero, 0)
+    if gap is None or last.gap <= 0.0:
+        return max(1, last.rounds)
+    rate = math.log(max(gap, 1e-300) / last.gap) / max(1, last.rounds - rounds)
+    left = math.log(last.gap / max(tol * max(1.0, abs(last.primal)), 1e-300))
+    if rate <= 0.0:
+        return max(1, last.rounds)
+    return max(1, min(last.rounds, math.ceil(left / rate)))

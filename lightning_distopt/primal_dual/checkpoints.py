@@ -1,4 +1,8 @@
-"""Checkpoints of a fit: the dual variables by sample, from which everything else is computed.
+"""Checkpoints of a fit: the dual variables by sample, from which all else can be computed, and what makes the path the same.
+
+The model is kept too, for one that is computed anew differs from it in the last bits, and so is how far each worker has come
+in its orders of samples: with as many workers a run goes on as if it had not been interrupted. With another number, or where
+the last synchronisation left residuals, it goes on from the dual variables alone, which are a valid start.
 
 A file is taken back only for the same samples, targets, weights and objective; it appears whole or not at all.
 """
@@ -7,7 +11,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +21,7 @@ from numpy.typing import NDArray
 
 from lightning_distopt.errors import CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointFile", "fingerprint_of", "save_array"]
+__all__ = ["Checkpoint", "CheckpointFile", "Start", "fingerprint_of", "save_array"]
 
 Array = NDArray[np.float64]
 
@@ -31,6 +36,9 @@ class Checkpoint:
         seconds: spent so far.
         bytes_up: sent by the workers so far.
         bytes_down: sent by the server so far.
+        sigma: the safety factor that the guard has come to; 0 is that of the settings.
+        drawn: samples visited by each worker; empty if it is not known.
+        model: w, bit for bit; empty if it is not known.
     """
 
     alpha: Array
@@ -38,6 +46,39 @@ class Checkpoint:
     seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    sigma: float = 0.0
+    drawn: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    model: Array = field(default_factory=lambda: np.empty(0))
+
+    def starts(self, rows: Sequence[Any]) -> list[Start]:
+        """Return where each worker begins, given its rows of ``alpha``."""
+        same = bool(self.model.size) and self.drawn.size == len(rows)
+        alphas = [self.alpha[part] if self.alpha.any() else None for part in rows]
+        if not same:
+            return [Start(alpha, rounds=self.rounds) for alpha in alphas]
+        return [
+            Start(alpha, self.rounds, int(drawn), self.model, self.sigma)
+            for alpha, drawn in zip(alphas, self.drawn, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where one worker, and the server with it, begins.
+
+    Attributes:
+        alpha: dual variables of its samples; ``None`` is 0.
+        rounds: done before: the budget and the periods count them.
+        drawn: samples visited before.
+        model: w, bit for bit; ``None`` is that of all workers' dual variables.
+        sigma: the safety factor; 0 is that of the settings.
+    """
+
+    alpha: Array | None = None
+    rounds: int = 0
+    drawn: int = 0
+    model: Array | None = None
+    sigma: float = 0.0
 
 
 def fingerprint_of(x: Any, y: Array, weight: Array, *objective: object) -> int:
@@ -72,7 +113,8 @@ class CheckpointFile:
                 found = int(kept["fingerprint"])
                 state = Checkpoint(
                     np.asarray(kept["alpha"], np.float64), int(kept["rounds"]), float(kept["seconds"]),
-                    int(kept["bytes_up"]), int(kept["bytes_down"]),
+                    int(kept["bytes_up"]), int(kept["bytes_down"]), float(kept["sigma"]),
+                    np.asarray(kept["drawn"], np.int64), np.asarray(kept["model"], np.float64),
                 )  # fmt: skip
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise CheckpointError(

@@ -30,7 +30,8 @@ class Config:
         downlink: "assign" sends the values of changed coordinates, after which a worker's model equals the server's bit for
             bit; "topk" sends the largest changes and keeps the rest (the authors' code).
         flush_every: all residuals are sent, dense, at every such full synchronisation; 0 is never before the end.
-        certify_every: the gap is taken at every such full synchronisation.
+        certify_every: the gap is taken at every such full synchronisation; ``None`` is when its rate so far says that it may
+            have reached ``tol``, and after 1, 2, 4, ... rounds at the latest.
         local_steps: H, coordinate steps a round; ``None`` is one pass over the worker's samples.
         draws: "permutation" visits all samples before one again; "uniform" draws with replacement.
         tol: the run ends when ``(P - D) / max(1, |P|)`` is at most this.
@@ -52,7 +53,7 @@ class Config:
     residual_weight: float = 1.0
     downlink: str = "assign"
     flush_every: int = 1
-    certify_every: int = 1
+    certify_every: int | None = 1
     local_steps: int | None = None
     draws: str = "permutation"
     tol: float = 1e-4
@@ -85,7 +86,8 @@ class Config:
         if self.local_steps is not None:
             _at_least("local_steps", self.local_steps, 1)
         _at_least("flush_every", self.flush_every, 0)
-        _at_least("certify_every", self.certify_every, 1)
+        if self.certify_every is not None:
+            _at_least("certify_every", self.certify_every, 1)
         _at_least("max_rounds", self.max_rounds, 1)
         _at_least("exact_every", self.exact_every, 1)
         check_tol(self.tol)
@@ -129,8 +131,8 @@ PRESETS: dict[str, str] = {
 def preset(name: str, workers: int, **changes: Any) -> Config:
     """Return the settings of a named method for K workers.
 
-    ``sigma=None`` is the method's own: safe for all but ``cocoa`` (which is safe by averaging); ``sigma="group"`` is
-    ``gamma B`` under the guard.
+    ``sigma=None`` is the method's own: safe for all but ``cocoa`` (which is safe by averaging); under the guard,
+    ``sigma="group"`` starts at ``gamma B`` and ``sigma="alone"`` at ``gamma``, as if no worker shared a feature.
 
     Args:
         name: one of ``PRESETS``.
@@ -160,9 +162,9 @@ def preset(name: str, workers: int, **changes: Any) -> Config:
     own.update({field: value for field, value in changes.items() if value is not None})
     gamma = own.get("gamma", 1.0)
     if isinstance(sigma, str):
-        if sigma != "group":
-            raise ValueError(f"`sigma` must be a number, 'group' or None: got {sigma!r}.")
-        own.update(sigma=gamma * own["group_size"], guard=True)
+        if sigma not in ("group", "alone"):
+            raise ValueError(f"`sigma` must be a number, 'group', 'alone' or None: got {sigma!r}.")
+        own.update(sigma=gamma * (own["group_size"] if sigma == "group" else 1), guard=True)
     elif sigma is not None:
         own["sigma"] = sigma
     own.setdefault("sigma", gamma * workers)

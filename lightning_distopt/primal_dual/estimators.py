@@ -37,16 +37,19 @@ class ACPDClassifier(ClassifierMixin, Linear):
         loss: "logistic", "hinge", "smoothed_hinge", "squared_hinge" (1/2 max(0, 1 - yz)^2) or "squared" (1/2 (z - y)^2).
         lam: strength of the regulariser, above 0.
         n_workers: K, processes on this machine; 1 solves in this process.
-        group_size: B, answers that the server waits for; ``None`` is half of K.
-        sync_period: T; every T-th round waits for all workers.
-        density: rho, the share of the coordinates that a message carries; "auto" is 0.05, or 1 below 512 coordinates.
+        group_size: B, answers that the server waits for; ``None`` is half of K, or K where ``density`` is "auto" among
+            processes of one machine.
+        sync_period: T; every T-th round waits for all workers (every round does where all answer with all they have).
+        density: rho, the share of the coordinates that a message carries; "auto" is 0.05 over ranks, and 1 among processes
+            of one machine, where a byte costs next to nothing, or below 512 coordinates.
         local_steps: H, coordinate steps of a worker in a round; ``None`` is one pass over its samples.
         C: LIBLINEAR's; ``None`` uses ``lam``. ``lam = 1/(C N)``, and half of that for the squared hinge, which LIBLINEAR
             writes without 1/2.
         fit_intercept: append the constant feature.
         class_weight: "balanced", or weights by class; they multiply sample weights.
         warm_start: begin at the dual variables of the last fit, where there are as many samples.
-        sigma: the safety factor of local problems; ``None`` is the safe ``gamma K``, "group" is ``gamma B`` under a guard.
+        sigma: the safety factor of local problems; ``None`` is the safe ``gamma K``; under a guard, "group" starts at
+            ``gamma B`` and "alone" at ``gamma``, which is faster where workers share few features.
         gamma: share of each local step that is taken, in (0, 1].
         tol: the fit ends when ``(P - D) / max(1, |P|)`` is at most this.
         max_rounds: server rounds at most; passes, with one worker.
@@ -134,7 +137,8 @@ class ACPDClassifier(ClassifierMixin, Linear):
 
     def _told(self, x: Any, y: NDArray[Any], weight: Array, classes: Any = None) -> dict[str, Any]:
         check_classification_targets(y)
-        labels, places = np.unique(y, return_inverse=True)
+        labels = np.unique(y)
+        places = np.searchsorted(labels, y)
         if classes is not None and not np.isin(labels, classes).all():
             outside = labels[~np.isin(labels, classes)]
             raise DataError(

@@ -1,4 +1,7 @@
-"""Compiled loops over CSR rows: passes of dual coordinate ascent, and the two sums of the certificate.
+"""Compiled loops over sparse rows: passes of dual coordinate ascent, and the two sums of the certificate.
+
+Row i has the entries ``starts[i]`` to ``ends[i]`` of ``indices`` and ``data``, so that a shard may be any rows of a matrix
+without a copy of their entries.
 
 One worker's state in a pass is ``m = base + sigma u``: what the samples see, and the only vector that a pass writes. So
 ``u = (m - base) / sigma``, and with one worker (sigma = 1) ``m`` is the model itself.
@@ -14,26 +17,31 @@ import math
 import numpy as np
 from numba import njit, uint64
 
-from lightning_distopt.compressors.kernels.cpu.common import PLAIN, SUMS
+from lightning_distopt.compressors.kernels.cpu.common import FUSED, PLAIN, SUMS
+from lightning_distopt.primal_dual.prefetch import prefetch
 
 __all__ = [
     "add_rows",
+    "apart",
     "begin",
     "dual_sum",
     "end",
     "first_repeated",
-    "margins",
     "norms",
     "passes",
     "permutation",
+    "primal_and_unsettled",
     "primal_sum",
     "sdca",
+    "shuffle",
     "step",
+    "unsettled",
 ]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
+_FAR = 2**16  # coordinates, above which a model leaves the second-level cache
 
 
 @njit(**PLAIN)
@@ -44,10 +52,8 @@ def _mixed(x):
 
 
 @njit(**PLAIN)
-def permutation(order, key):
-    """Fill ``order`` (int32) with the permutation of this key."""
-    for i in range(order.size):
-        order[i] = i
+def shuffle(order, key):
+    """Bring what is in ``order`` into the order of this key."""
     state = uint64(key)
     for i in range(order.size - 1, 0, -1):
         state += _GAMMA
@@ -55,6 +61,14 @@ def permutation(order, key):
         kept = order[i]
         order[i] = order[j]
         order[j] = kept
+
+
+@njit(**PLAIN)
+def permutation(order, key):
+    """Fill ``order`` (int32) with the permutation of this key."""
+    for i in range(order.size):
+        order[i] = i
+    shuffle(order, key)
 
 
 @njit(**PLAIN)
@@ -67,24 +81,28 @@ def _sigmoid(u):
 
 @njit(**PLAIN)
 def _logistic(margin, q, beta):
-    """Return sigmoid(u) at the root of ``-u - margin - q (sigmoid(u) - beta)``, by Newton within a bracket."""
+    """Return sigmoid(u) at the root of ``f(u) = -u - margin - q (sigmoid(u) - beta)``, by Halley's rule within a bracket.
+
+    An exponential is what a step costs, so the last move, at most 1e-3, is made on the Taylor series instead.
+    """
     low, high = -margin - q * (1.0 - beta), -margin + q * beta
     u = min(max(-margin, low), high)  # the root itself once sigmoid(-margin) = beta
-    p = _sigmoid(u)
     for _ in range(25):
+        p = _sigmoid(u)
+        slope = p * (1.0 - p)
         f = -u - margin - q * (p - beta)
         if f > 0.0:
             low = u
         else:
             high = u
-        ahead = u + f / (1.0 + q * p * (1.0 - p))
-        if ahead < low or ahead > high:
-            ahead = 0.5 * (low + high)
-        moved = abs(ahead - u)
-        u = ahead
-        p = _sigmoid(u)
-        if moved <= 1e-7:  # Newton squares this
-            return p
+        down = 1.0 + q * slope  # -f'; and -f'' is:
+        bend = q * slope * (1.0 - 2.0 * p)
+        move = f / (down + 0.5 * f * bend / down)
+        if abs(move) <= 1e-3 and down + 0.5 * f * bend / down > 0.5:  # Halley cubes what is left
+            return p + slope * move * (1.0 + move * (0.5 * (1.0 - 2.0 * p) + move * (1.0 - 6.0 * slope) / 6.0))
+        u += move
+        if not low <= u <= high:
+            u = 0.5 * (low + high)
     for _ in range(60):
         u = 0.5 * (low + high)
         if -u - margin - q * (_sigmoid(u) - beta) > 0.0:
@@ -112,59 +130,102 @@ def step(loss, s, alpha, y, z, q):
     return y * (min(1.0, max(0.0, beta + slope / (q + s))) - beta)
 
 
-@njit(**SUMS)
+@njit(**FUSED)
 def _dot(indices, data, start, end, m):
-    z = 0.0
+    """Return a row times ``m``, in four sums, so that no product waits for the one before.
+
+    Places are unsigned: there is no look at whether one counts from the end. A vectorised loop would be slower here, since it
+    cannot read what the row before has just written.
+    """
+    first, second, third, fourth = 0.0, 0.0, 0.0, 0.0
+    p = start
+    while p + 3 < end:
+        first += data[p] * m[np.uint64(indices[p])]
+        second += data[p + 1] * m[np.uint64(indices[p + 1])]
+        third += data[p + 2] * m[np.uint64(indices[p + 2])]
+        fourth += data[p + 3] * m[np.uint64(indices[p + 3])]
+        p += 4
+    while p < end:
+        first += data[p] * m[np.uint64(indices[p])]
+        p += 1
+    return (first + second) + (third + fourth)
+
+
+@njit(**PLAIN)
+def _ask(indices, start, end, m):
+    """Ask for the coordinates of ``m`` that a row names."""
     for p in range(start, end):
-        z += data[p] * m[np.uint64(indices[p])]  # unsigned: no look at whether an index counts from the end
-    return z
+        prefetch(m, indices[p])
 
 
-@njit(**SUMS)
-def sdca(indptr, indices, data, y, scale, q, alpha, order, m, sigma, loss, s, bias):
-    """Step along the coordinates of ``order``, changing ``alpha`` and ``m`` in place; sigma is in the curvature too."""
-    last = m.size - 1
-    for t in range(order.size):
+@njit(**FUSED)
+def sdca(starts, ends, indices, data, y, weight, factor, q, alpha, order, m, sigma, loss, s, bias):
+    """Step along the coordinates of ``order``, changing ``alpha`` and ``m`` in place; sigma is in the curvature too.
+
+    ``factor`` is 1/(lam N). Rows come in no order that a processor could foresee, so they are asked for ahead of time: first
+    where they begin, then their entries, and, of a model that is far away, the coordinates that these name.
+    """
+    last, far, count = m.size - 1, m.size > _FAR, order.size
+    for t in range(count):
+        if t + 5 < count:
+            i = order[t + 5]
+            prefetch(starts, i)
+            prefetch(ends, i)
+        if t + 2 < count:
+            i = order[t + 2]
+            for p in range(starts[i], ends[i], 8):
+                prefetch(data, p)
+            for p in range(starts[i], ends[i], 16):
+                prefetch(indices, p)
+            prefetch(y, i)
+            prefetch(weight, i)
+            prefetch(q, i)
+            prefetch(alpha, i)
+        if far and t + 1 < count:
+            i = order[t + 1]
+            _ask(indices, starts[i], ends[i], m)
         i = order[t]
-        start, end = indptr[i], indptr[i + 1]
+        start, end = starts[i], ends[i]
         z = _dot(indices, data, start, end, m)
         if bias:
             z += m[last]
         delta = step(loss, s, alpha[i], y[i], z, sigma * q[i])
         if delta != 0.0:
             alpha[i] += delta
-            c = sigma * scale[i] * delta
+            c = sigma * factor * weight[i] * delta
             for p in range(start, end):
                 m[np.uint64(indices[p])] += c * data[p]
             if bias:
                 m[last] += c
 
 
-@njit(**SUMS)
-def passes(indptr, indices, data, y, scale, q, alpha, order, keys, m, sigma, loss, s, bias):
+@njit(**FUSED)
+def passes(starts, ends, indices, data, y, weight, factor, q, alpha, order, keys, m, sigma, loss, s, bias):
     """One pass over all samples for each key."""
     for key in keys:
         permutation(order, key)
-        sdca(indptr, indices, data, y, scale, q, alpha, order, m, sigma, loss, s, bias)
+        sdca(starts, ends, indices, data, y, weight, factor, q, alpha, order, m, sigma, loss, s, bias)
+
+
+@njit(**PLAIN)
+def unsettled(alpha, before, most, out):
+    """Put into ``out`` the samples whose alpha has moved or is between 0 and ``most``; return how many."""
+    count = 0
+    for i in range(alpha.size):
+        beta = abs(alpha[i])
+        out[count] = i
+        count += alpha[i] != before[i] or (beta > 0.0 and beta < most)
+    return count
 
 
 @njit(**SUMS)
-def margins(indptr, indices, data, w, bias, out):
-    """``out[i] = x_i . w``."""
-    for i in range(out.size):
-        out[i] = _dot(indices, data, indptr[i], indptr[i + 1], w)
-        if bias:
-            out[i] += w[w.size - 1]
-
-
-@njit(**SUMS)
-def norms(indptr, data, bias, out):
-    """``out[i] = |x_i|^2``."""
+def norms(starts, ends, data, weight, factor, bias, out):
+    """``out[i] = factor weight[i] |x_i|^2``."""
     for i in range(out.size):
         total = 1.0 if bias else 0.0
-        for p in range(indptr[i], indptr[i + 1]):
+        for p in range(starts[i], ends[i]):
             total += np.float64(data[p]) * np.float64(data[p])
-        out[i] = total
+        out[i] = factor * weight[i] * total
 
 
 @njit(**PLAIN)
@@ -201,16 +262,37 @@ def _dual(loss, s, alpha, y):
     return beta - 0.5 * (1.0 if loss == 3 else s) * beta * beta
 
 
-@njit(**SUMS)
-def primal_sum(indptr, indices, data, y, weight, w, loss, s, bias):
+@njit(**FUSED)
+def primal_sum(starts, ends, indices, data, y, weight, w, loss, s, bias):
     """Return ``sum_i c_i phi(x_i . w, y_i)``."""
-    total = 0.0
+    total, far = 0.0, w.size > _FAR
     for i in range(y.size):
-        z = _dot(indices, data, indptr[i], indptr[i + 1], w)
+        if far and i + 1 < y.size:
+            _ask(indices, starts[i + 1], ends[i + 1], w)
+        z = _dot(indices, data, starts[i], ends[i], w)
         if bias:
             z += w[w.size - 1]
         total += weight[i] * _value(loss, s, z, y[i])
     return total
+
+
+@njit(**FUSED)
+def primal_and_unsettled(starts, ends, indices, data, y, weight, w, loss, s, bias, alpha, most, out):
+    """:func:`primal_sum`, and into ``out`` the samples whose step at ``w`` is not 0, for the hinges; return sum and how many."""
+    total, count, far = 0.0, 0, w.size > _FAR
+    smooth = 1.0 if loss == 3 else s
+    for i in range(y.size):
+        if far and i + 1 < y.size:
+            _ask(indices, starts[i + 1], ends[i + 1], w)
+        z = _dot(indices, data, starts[i], ends[i], w)
+        if bias:
+            z += w[w.size - 1]
+        total += weight[i] * _value(loss, s, z, y[i])
+        beta = y[i] * alpha[i]
+        slope = 1.0 - y[i] * z - smooth * beta
+        out[count] = i
+        count += (slope > 0.0 and beta < most) or (slope < 0.0 and beta > 0.0)
+    return total, count
 
 
 @njit(**SUMS)
@@ -223,12 +305,15 @@ def dual_sum(alpha, y, weight, loss, s):
 
 
 @njit(**SUMS)
-def add_rows(indptr, indices, data, coefficients, bias, out):
-    """``out += sum_i coefficients[i] x_i``."""
-    for i in range(coefficients.size):
-        c = coefficients[i]
+def add_rows(starts, ends, indices, data, factor, weight, alpha, bias, out):
+    """``out += factor sum_i weight[i] alpha[i] x_i``."""
+    far = out.size > _FAR
+    for i in range(alpha.size):
+        if far and i + 1 < alpha.size:
+            _ask(indices, starts[i + 1], ends[i + 1], out)
+        c = factor * weight[i] * alpha[i]
         if c != 0.0:
-            for p in range(indptr[i], indptr[i + 1]):
+            for p in range(starts[i], ends[i]):
                 out[np.uint64(indices[p])] += c * data[p]
             if bias:
                 out[out.size - 1] += c
@@ -255,23 +340,35 @@ def end(m, base, factor, residual):
 
 
 @njit(**PLAIN)
-def first_repeated(indptr, indices, columns):
+def apart(v, w):
+    """Return the largest ``|v - w|`` and the largest ``|v|``; NaN in either makes the first infinite."""
+    most, size = 0.0, 0.0
+    for j in range(v.size):
+        off = abs(v[j] - w[j])
+        most = off if off > most else most
+        most = math.inf if off != off else most
+        size = max(size, abs(v[j]))
+    return most, size
+
+
+@njit(**PLAIN)
+def first_repeated(starts, ends, indices, columns):
     """Return the first row that names a column twice or one out of range, -1 if there is none."""
     seen = np.full(0, -1, np.int64)
-    for i in range(indptr.size - 1):
-        previous, ascending = np.int64(-1), True
-        for p in range(indptr[i], indptr[i + 1]):
-            j = np.int64(indices[p])
-            if j < 0 or j >= columns:
+    for i in range(starts.size):
+        start, end = starts[i], ends[i]
+        falls = 0
+        for p in range(start + 1, end):
+            falls += indices[p] <= indices[p - 1]
+        if falls == 0:
+            if end > start and (indices[start] < 0 or indices[end - 1] >= columns):
                 return i
-            if j <= previous:
-                ascending = False
-            previous = j
-        if not ascending:
-            if seen.size == 0:
-                seen = np.full(columns, -1, np.int64)
-            for p in range(indptr[i], indptr[i + 1]):
-                if seen[indices[p]] == i:
-                    return i
-                seen[indices[p]] = i
+            continue
+        if seen.size == 0:
+            seen = np.full(columns, -1, np.int64)
+        for p in range(start, end):
+            j = indices[p]
+            if j < 0 or j >= columns or seen[j] == i:
+                return i
+            seen[j] = i
     return -1

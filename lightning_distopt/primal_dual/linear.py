@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
@@ -99,8 +98,11 @@ class Linear(BaseEstimator):
             one.set(xlabel=label, ylabel="duality gap")
         return ax
 
-    def _checked(self, workers: int, dim: int) -> Config:
-        """Return the engine's settings; every argument is looked at, also where one worker does not need it."""
+    def _checked(self, workers: int, dim: int, ranks: Ranks | None = None) -> Config:
+        """Return the engine's settings; every argument is looked at, also where one worker does not need it.
+
+        Among processes of this machine a byte costs next to nothing, so "auto" sends all and waits for all.
+        """
         if not isinstance(self.fit_intercept, bool | np.bool_):
             raise TypeError(f"`fit_intercept` must be True or False: got {self.fit_intercept!r}.")
         if self.on_worker_loss not in ("raise", "redistribute"):
@@ -110,7 +112,7 @@ class Linear(BaseEstimator):
         if isinstance(self.density, str):
             if self.density != "auto":
                 raise ValueError(f"`density` must be 'auto' or a number in (0, 1]: got {self.density!r}.")
-            if self.algorithm.startswith("acpd") and (dim < _DENSE_BELOW or workers == 1):
+            if self.algorithm.startswith("acpd") and (dim < _DENSE_BELOW or ranks is None):
                 density = 1.0
         else:
             density = check_density(self.density)
@@ -121,10 +123,17 @@ class Linear(BaseEstimator):
         group = self.group_size
         if group is not None and workers < self.n_workers:  # some are lost
             group = min(group, workers)
+        if group is None and self.density == "auto" and ranks is None:
+            group = workers
         given: dict[str, Any] = {"local_steps": self.local_steps, "sigma": self.sigma, "tol": self.tol}
         if self.algorithm.startswith("acpd"):
             given.update(density=density, group_size=group, sync_period=self.sync_period, gamma=self.gamma)
-        return preset(self.algorithm, workers, max_rounds=self.max_rounds, seed=self.seed, **given)
+        config = preset(self.algorithm, workers, max_rounds=self.max_rounds, seed=self.seed, **given)
+        if config.density < 1.0 or config.group_size < workers:
+            return config
+        # Every round is a full synchronisation, whatever the period: the gap may be taken when it is worth its time.
+        lazy = None if self.checkpoint is None and self.on_worker_loss == "raise" else 1
+        return config.but(sync_period=1, flush_every=0, certify_every=lazy)
 
     def _strength(self, loss: Loss, total: float) -> float:
         """Return lam, translated from C where that is given."""
@@ -155,7 +164,7 @@ class Linear(BaseEstimator):
             raise DataError(f"`sample_weight` must have a positive sum: got {total}.")
         lam = self._strength(loss, total)
         workers, speaks = (self.n_workers, True) if ranks is None else (ranks.world, ranks.rank == 0)
-        config = self._checked(workers, x.shape[1] + int(self.fit_intercept))
+        config = self._checked(workers, x.shape[1] + int(self.fit_intercept), ranks)
         starts = self._starts(targets.shape)
         models, duals, self.history_ = [], [], []
         gap = primal = 0.0
@@ -175,7 +184,7 @@ class Linear(BaseEstimator):
                     model, alpha, found = self._solve_one(x, y, weight, loss, lam, config, start, on_row, problem)
                 else:
                     shard = make_shard(x, y, loss, lam, total, weight, bool(self.fit_intercept))
-                    model, alpha, found = self._solve_shard(shard, config, start, on_row, problem, ranks)
+                    model, alpha, found = self._solve_shard(x, shard, config, start, on_row, problem, ranks)
             models.append(model)
             duals.append(alpha)
             gap, primal = gap + found.gap, primal + found.primal
@@ -221,6 +230,7 @@ class Linear(BaseEstimator):
 
     def _solve_shard(
         self,
+        x: Any,
         shard: Shard,
         config: Config,
         start: Array | None,
@@ -230,10 +240,7 @@ class Linear(BaseEstimator):
     ) -> Any:
         file = None
         if self.checkpoint is not None:
-            mark = fingerprint_of(
-                widened(sp.csr_matrix((shard.data, shard.indices, shard.indptr)), shard.dim), shard.y, shard.weight,
-                shard.loss.name, shard.lam, shard.bias,
-            )  # fmt: skip
+            mark = fingerprint_of(x, shard.y, shard.weight, shard.loss.name, shard.lam, shard.bias)
             file = CheckpointFile(checkpoint_path(self.checkpoint, problem, ranks), mark)
         model, alpha, found, history = solve_on_ranks(
             shard, config, ranks, problem, on_row, alpha=start, file=file, checkpoint_every=self.checkpoint_every,

@@ -1,7 +1,7 @@
 """K processes on this machine: started, watched, and started again without the one that was lost.
 
-    parent   starts K processes, which share its samples until each copies its rows; takes rows of the history,
-             checkpoints and the result from rank 0; sees at once when a process ends, and ends all when one is lost
+    parent   starts K processes, which share its samples; takes rows of the history, checkpoints and the result from
+             rank 0; sees at once when a process ends, and ends all when one is lost
     rank 0   server and worker 0          rank k   worker k
 
 After a loss nothing of the old process group can be trusted, so "redistribute" is a new start: K - 1 processes, all samples
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from lightning_distopt.errors import CertificateError, WorkerLostError
 from lightning_distopt.primal_dual import kernels
 from lightning_distopt.primal_dual.certificate import Certificate, Row
-from lightning_distopt.primal_dual.checkpoints import Checkpoint, CheckpointFile, save_array
+from lightning_distopt.primal_dual.checkpoints import Checkpoint, CheckpointFile, Start, save_array
 from lightning_distopt.primal_dual.config import Config
 from lightning_distopt.primal_dual.losses import Loss
 from lightning_distopt.primal_dual.ranks import Hooks, Rank, run_rank
@@ -162,10 +162,10 @@ class _Generation:
             processes = [
                 context.Process(
                     target=_child,
-                    args=(job, self.config, k, self.rows[k], self.start.alpha, folder, theirs),
+                    args=(job, self.config, k, self.rows[k], start, folder, theirs),
                     daemon=True,
                 )
-                for k in range(self.config.workers)
+                for k, start in enumerate(self.start.starts(self.rows))
             ]
             try:
                 for process in processes:
@@ -212,11 +212,21 @@ class _Generation:
         elif what == "checkpoint" and self.last is not None:
             at = self.last
             alpha = self._gathered(folder, f"kept.{content}")
-            self.keep(Checkpoint(alpha, at.rounds, at.seconds, at.bytes_up, at.bytes_down))
+            self.keep(
+                Checkpoint(alpha, at.rounds, at.seconds, at.bytes_up, at.bytes_down, *self._path(folder, content))
+            )
             for path in folder.glob(f"kept.{content}.*"):
                 path.unlink()
         elif what == "error":
             raise content
+
+    def _path(self, folder: Path, version: int) -> tuple[float, NDArray[np.int64], Array]:
+        """Return what makes the path the same: sigma, samples drawn, model; nothing of them where residuals were left."""
+        if not (folder / f"kept.{version}.model.npy").exists():
+            return 0.0, np.empty(0, np.int64), np.empty(0)
+        each = [np.load(folder / f"kept.{version}.path.{k}.npy", allow_pickle=False) for k in range(len(self.rows))]
+        model = np.load(folder / f"kept.{version}.model.npy", allow_pickle=False)
+        return float(each[0][0]), np.array([int(path[1]) for path in each]), model
 
     def _gathered(self, folder: Path, name: str) -> Array:
         for k, rows in enumerate(self.rows):
@@ -263,7 +273,7 @@ def _later(row: Row, start: Checkpoint) -> Row:
 
 
 def _child(
-    job: Job, config: Config, k: int, rows: NDArray[np.int64], alpha: Array, folder: Path, pipe: Connection
+    job: Job, config: Config, k: int, rows: NDArray[np.int64], start: Start, folder: Path, pipe: Connection
 ) -> None:
     """Be rank k: take part, leave the dual variables in the folder, and end."""
     code = 1
@@ -272,7 +282,7 @@ def _child(
         torch.set_num_threads(1)  # a forked child inherits the pool of threads without the threads in it
         if sys.platform == "linux":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        _take_part(job, config, k, rows, alpha, folder, pipe)
+        _take_part(job, config, k, rows, start, folder, pipe)
         code = 0
     except BaseException as error:
         if isinstance(error, CertificateError):  # no fault of this worker: it is raised as it is
@@ -287,12 +297,12 @@ def _child(
 
 
 def _take_part(
-    job: Job, config: Config, k: int, rows: NDArray[np.int64], alpha: Array, folder: Path, pipe: Connection
+    job: Job, config: Config, k: int, rows: NDArray[np.int64], start: Start, folder: Path, pipe: Connection
 ) -> None:
     store = dist.FileStore(str(folder / "store"), config.workers)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=k, world_size=config.workers, timeout=_LONGEST_WAIT)
     total = float(job.weight.sum())
-    shard = make_shard(job.x[rows], job.y[rows], job.loss, job.lam, total, job.weight[rows], job.bias)
+    shard = make_shard(job.x, job.y, job.loss, job.lam, total, job.weight, job.bias, rows)
     told = [0.0]
 
     def look() -> None:
@@ -302,6 +312,10 @@ def _take_part(
 
     def keep(version: int, worker: Worker) -> None:
         save_array(folder / f"kept.{version}.{k}.npy", worker.alpha)
+        if worker.settled:
+            save_array(folder / f"kept.{version}.path.{k}.npy", np.array([worker.sigma, worker.drawn]))
+            if k == 0:
+                save_array(folder / f"kept.{version}.model.npy", worker.model)
 
     hooks = Hooks(
         on_row=lambda row: _tell(pipe, "row", row),
@@ -310,7 +324,6 @@ def _take_part(
         on_look=look,
         checkpoint_every=job.checkpoint_every,
     )
-    start = alpha[rows] if alpha.any() else None
     place = Rank(k, config.workers, store=store, timeout=job.timeout, dismiss=False)
     model, mine, server = run_rank(shard, config, place, hooks, start)
     save_array(folder / f"final.{k}.npy", mine)

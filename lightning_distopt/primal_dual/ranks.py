@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from lightning_distopt.errors import ProtocolError, WorkerLostError
 from lightning_distopt.exchange.notes import Store, shared_store
 from lightning_distopt.primal_dual.certificate import Certificate, Row
+from lightning_distopt.primal_dual.checkpoints import Start
 from lightning_distopt.primal_dual.config import Config
 from lightning_distopt.primal_dual.messages import Kind, Message
 from lightning_distopt.primal_dual.server import Server
@@ -85,7 +86,7 @@ class Hooks:
 
 
 def run_rank(
-    shard: Shard, config: Config, rank: Rank, hooks: Hooks | None = None, alpha: Array | None = None
+    shard: Shard, config: Config, rank: Rank, hooks: Hooks | None = None, start: Start | None = None
 ) -> tuple[Array, Array, Server | None]:
     """Take part in a run to its end; return ``(model, alpha, server)``, the last only at rank 0.
 
@@ -94,7 +95,7 @@ def run_rank(
         config: alike on all ranks; ``config.workers`` counts those that work.
         rank: see there.
         hooks: see there.
-        alpha: dual variables to start from.
+        start: where to begin; ``None`` is at 0.
 
     Raises:
         ValueError: if ``config.workers`` is not the number of ranks that work.
@@ -111,8 +112,8 @@ def run_rank(
     with beats:
         endpoint = Endpoint(rank.group, rank.run, shard.dim)
         if rank.rank == 0:
-            return _serve(shard, config, rank, hooks, alpha, endpoint, beats)
-        worker = Worker(shard, config, number, alpha, keep=hooks.keep)
+            return _serve(shard, config, rank, hooks, start, endpoint, beats)
+        worker = Worker(shard, config, number, start=start, keep=hooks.keep)
         endpoint.send(worker.hello(), 0)
         while True:
             _, message = endpoint.receive(0)
@@ -123,11 +124,11 @@ def run_rank(
 
 
 def _serve(
-    shard: Shard, config: Config, rank: Rank, hooks: Hooks, alpha: Array | None, endpoint: Endpoint, beats: _Beats
+    shard: Shard, config: Config, rank: Rank, hooks: Hooks, start: Start | None, endpoint: Endpoint, beats: _Beats
 ) -> tuple[Array, Array, Server]:
     server = Server(
         config, shard.dim, shard.lam, shard.total, on_row=hooks.on_row, checkpoint_every=hooks.checkpoint_every,
-        on_checkpoint=hooks.on_checkpoint,
+        on_checkpoint=hooks.on_checkpoint, start=start,
     )  # fmt: skip
     desk = _Desk(server, rank, hooks, endpoint, beats)
     if not rank.server_works:
@@ -137,7 +138,7 @@ def _serve(
         return server.model, np.zeros(0), server
     thread = threading.Thread(target=desk.run, name="distopt-server", daemon=True)
     thread.start()
-    worker = Worker(shard, config, 0, alpha, keep=hooks.keep)
+    worker = Worker(shard, config, 0, start=start, keep=hooks.keep)
     answer: Message | None = worker.hello()
     try:
         while answer is not None:

@@ -4,7 +4,7 @@
     gather, t = T-1:   all K messages      w += F_k                       full synchronisation:
         SYNC      -> RESIDUAL     v = w + sum r_k; where all r_k are sent (flush) or are 0, w = v
         EVALUATE  -> LOSSES       certificate at v; stop, or reply to all
-    stop:   FINISH -> FINAL       v from the dual variables, anew;  EVALUATE -> LOSSES;  STOP
+    stop:   FINISH -> FINAL       v from the dual variables, anew, for D; P is that of the tracked w;  STOP
 
 ``receive`` is the only entry: whoever delivers messages, a simulator or a network, hands over one at a time and sends what
 it returns. A worker has at most one message outstanding, so no update is older than T rounds.
@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 
 from lightning_distopt.errors import CertificateError, ProtocolError
 from lightning_distopt.exchange.meter import Meter
-from lightning_distopt.primal_dual.certificate import Certificate, Row, certify
+from lightning_distopt.primal_dual import kernels
+from lightning_distopt.primal_dual.certificate import ROUNDING, Certificate, Row, certify, rounds_ahead
 from lightning_distopt.primal_dual.changes import Assigned, Largest
+from lightning_distopt.primal_dual.checkpoints import Start
 from lightning_distopt.primal_dual.config import Config
 from lightning_distopt.primal_dual.messages import Kind, Message
 
@@ -44,6 +46,7 @@ class Server:
         on_row: called with every row of the history.
         checkpoint_every: certified synchronisations between checkpoints; 0 is none.
         on_checkpoint: called as ``on_checkpoint(version, certificate)`` once every worker has kept its part.
+        start: where a run is continued; its ``alpha`` is not looked at.
 
     Attributes:
         model: w.
@@ -64,26 +67,29 @@ class Server:
         on_row: Callable[[Row], None] | None = None,
         checkpoint_every: int = 0,
         on_checkpoint: Callable[[int, Certificate], None] | None = None,
+        start: Start | None = None,
     ) -> None:
-        start = time.perf_counter()
+        began, start = time.perf_counter(), start or Start()
         self.config, self.dim, self.lam, self.total = config, dim, lam, total
-        self.model = np.zeros(dim)
-        self.version = 0
+        self.model = np.zeros(dim) if start.model is None else start.model.copy()
+        self.version, self._before = 0, start.rounds
         self.history: list[Row] = []
         self.certificate: Certificate | None = None
         self.finished = False
         self.meter = Meter()
         self.inbox: dict[int, Message] = {}
-        self.sigma = config.sigma
-        self._clock = clock or (lambda: time.perf_counter() - start)
+        self.sigma = start.sigma or config.sigma
+        self._clock = clock or (lambda: time.perf_counter() - began)
         self._on_row, self._checkpoint_every, self._on_checkpoint = on_row, checkpoint_every, on_checkpoint
         self._expected = Kind.HELLO
         self._changes: Assigned | Largest = (
             Assigned(config.workers) if config.downlink == "assign" else Largest(config.workers, dim, config.density)
         )
         self._closing = self._final = self._flushing = self._settled = False
-        self._synchronised, self._certified, self._exact_at, self._keeping = 0, 0, 0, -1
-        self._point, self._dual_sum = self.model, 0.0
+        self._certified, self._exact_at, self._keeping = 0, start.rounds // config.exact_every, -1
+        self._resumed = start.model is not None
+        self._point, self._dual_sum, self._primal_sum = self.model, 0.0, 0.0
+        self._next = 0  # version from which the gap is taken again, where its rate decides
         self._reference, self._kept = 0.0, self.model.copy()
 
     def close(self) -> None:
@@ -126,7 +132,17 @@ class Server:
     def _full(self) -> bool:
         """Whether this round waits for all."""
         last = self.version % self.config.sync_period == self.config.sync_period - 1
-        return last or self._closing or self.version + 1 >= self.config.max_rounds
+        return last or self._closing or self._rounds + 1 >= self.config.max_rounds
+
+    @property
+    def _rounds(self) -> int:
+        """Rounds done, those of an interrupted run included."""
+        return self._before + self.version
+
+    @property
+    def _synchronised(self) -> int:
+        """Full synchronisations done: every T-th round is one."""
+        return -(-self._rounds // self.config.sync_period)
 
     def _check(self, worker: int, message: Message) -> None:
         def wrong(what: str) -> ProtocolError:
@@ -152,7 +168,7 @@ class Server:
         expected = {Kind.HELLO: (3,), Kind.UPDATE: (0,), Kind.RESIDUAL: (1, 1 + self.dim)}.get(message.kind, (1,))
         if message.scalars.size not in expected:
             raise wrong(f"{message.scalars.size} scalars")
-        if not (np.isfinite(message.values).all() and np.isfinite(message.scalars).all()):
+        if not (_finite(message.values) and _finite(message.scalars)):
             raise wrong("a number is not finite; it has diverged, or its data is broken")
 
     def _begin(self, senders: list[int], messages: list[Message]) -> Outgoing:
@@ -167,11 +183,13 @@ class Server:
         self._reference = sum(float(message.scalars[2]) for message in messages) / self.total - half
         self._kept = self.model.copy()
         self._expected = Kind.UPDATE
-        return [(k, Message(Kind.MODEL, 0, None, self.model.copy(), purpose="setup")) for k in senders]
+        held = self._resumed or not self.model.any()  # by the workers, already
+        start = np.empty(0) if held else self.model.copy()
+        return [(k, Message(Kind.MODEL, 0, None, start, purpose="setup")) for k in senders]
 
     def _advance(self, senders: list[int], messages: list[Message]) -> Outgoing:
         full = self._full
-        self._closing = self._closing or self.version + 1 >= self.config.max_rounds
+        self._closing = self._closing or self._rounds + 1 >= self.config.max_rounds
         for message in messages:
             if message.indices is not None:
                 self.model[message.indices] += message.values
@@ -180,18 +198,23 @@ class Server:
         self.version += 1
         self._changes.record(self.version, messages, self.dim)
         if full:
-            self._synchronised += 1
             every = self.config.flush_every
             self._flushing = bool(every) and self._synchronised % every == 0
-            certifying = self._closing or self._synchronised % self.config.certify_every == 0
-            exact = self.version - self._exact_at >= self.config.exact_every
-            if self._flushing or certifying or exact:
+            exact = self._rounds // self.config.exact_every > self._exact_at
+            if self._flushing or self._certifying or exact:
                 if exact:
-                    self._exact_at = self.version
+                    self._exact_at = self._rounds // self.config.exact_every
                 self._expected = Kind.RESIDUAL
                 asked = np.array([self._flushing, exact], np.float64)
                 return self._to_all(Kind.SYNC, np.empty(0), asked, "flush" if self._flushing else "certificate")
         return self._replies(senders)
+
+    @property
+    def _certifying(self) -> bool:
+        """Whether this full synchronisation takes the gap."""
+        every = self.config.certify_every
+        due = self.version >= self._next if every is None else self._synchronised % every == 0
+        return due or self._closing
 
     def _synchronise(self, senders: list[int], messages: list[Message]) -> Outgoing:
         point, unsent = self.model.copy(), False
@@ -213,7 +236,7 @@ class Server:
             self._changes.forget(self.version)
         self._point = point
         purpose = "flush" if self._flushing else "update" if self._settled else "certificate"
-        if self._closing or self._synchronised % self.config.certify_every == 0:
+        if self._certifying:
             self._certified += 1
             keep = -1
             if self._checkpoint_every and self._certified % self._checkpoint_every == 0:
@@ -227,19 +250,21 @@ class Server:
         return self._to_all(Kind.EVALUATE, self._point.copy(), np.array([keep, adopt], np.float64), purpose)
 
     def _conclude(self, senders: list[int], messages: list[Message]) -> Outgoing:
-        primal_sum = sum(float(message.scalars[0]) for message in messages)
-        self.certificate = certify(primal_sum, self._dual_sum, self._point, self.lam, self.total)
+        self._primal_sum = sum(float(message.scalars[0]) for message in messages)
+        self.certificate = certify(self._primal_sum, self._dual_sum, self._point, self.lam, self.total)
         self._note(self.certificate)
-        if self._keeping >= 0 and self._on_checkpoint is not None:
-            self._on_checkpoint(self._keeping, self.certificate)
         if self._final:
-            self.finished = True
-            return self._to_all(Kind.STOP, np.empty(0), np.empty(0), "setup")
+            return self._stop()
+        self._next = self.version + rounds_ahead(self.history, self.config.tol)
         guard = self._guard(self.certificate.dual) if self.config.guard else np.empty(0)
         went_back = bool(guard.size and guard[1])
+        if went_back:
+            self._next = self.version + 1
+        elif self._keeping >= 0 and self._on_checkpoint is not None:
+            self._on_checkpoint(self._keeping, self.certificate)
         if not went_back and (self._closing or self.certificate.relative <= self.config.tol):
             self._expected = Kind.FINAL
-            self.model[:] = self._point  # workers forget their residuals when they hear of the end
+            self.model[:] = self._point  # workers take it too, and forget their residuals
             return self._to_all(Kind.FINISH, np.empty(0), np.empty(0), "setup")
         self._expected = Kind.UPDATE
         if self._settled or went_back:
@@ -258,20 +283,30 @@ class Server:
 
     def _finish(self, senders: list[int], messages: list[Message]) -> Outgoing:
         exact = np.sum([message.values for message in messages], axis=0)
-        self._refuse_drift(self._point, exact)
+        self._dual_sum = sum(float(message.scalars[0]) for message in messages)
+        if self._refuse_drift(self._point, exact) <= ROUNDING:
+            self.certificate = certify(self._primal_sum, self._dual_sum, exact, self.lam, self.total, self._point)
+            self._note(self.certificate)
+            return self._stop()
         self.model[:] = exact
         self._point = self.model
-        self._dual_sum = sum(float(message.scalars[0]) for message in messages)
         self._final, self._flushing = True, True
         return self._evaluate(-1, True, "flush")  # no checkpoint: the run ends here
 
-    def _refuse_drift(self, tracked: Array, exact: Array) -> None:
-        drift = float(np.abs(tracked - exact).max(initial=0.0)) / max(float(np.abs(exact).max(initial=0.0)), 1e-300)
-        if drift > _DRIFT and float(np.abs(tracked - exact).max(initial=0.0)) > 1e-12:
+    def _stop(self) -> Outgoing:
+        self.finished = True
+        return self._to_all(Kind.STOP, np.empty(0), np.empty(0), "setup")
+
+    def _refuse_drift(self, tracked: Array, exact: Array) -> float:
+        """Return how far the model is from that of the dual variables, of its largest coordinate; refuse what is lost."""
+        off, size = kernels.apart(exact, tracked)
+        drift = off / max(size, 1e-300) if off > 1e-12 else 0.0
+        if drift > _DRIFT:
             raise CertificateError(
                 f"The model must equal that of the dual variables to {_DRIFT:g}: it is off by {drift:.3g}. An update was lost; "
                 "please report this."
             )
+        return drift
 
     def _replies(self, receivers: list[int], scalars: Array | None = None) -> Outgoing:
         extra = np.empty(0) if scalars is None else scalars
@@ -293,3 +328,8 @@ class Server:
         self.history.append(row)
         if self._on_row is not None:
             self._on_row(row)
+
+
+def _finite(array: Array) -> bool:
+    """Whether all of it is finite: their sum says so at once, unless it overflows."""
+    return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())

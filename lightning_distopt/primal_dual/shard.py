@@ -1,4 +1,4 @@
-"""A shard: the samples of one worker as CSR arrays, with what its passes and its share of the certificate need."""
+"""A shard: the samples of one worker as rows of sparse arrays, with what its passes and its share of the certificate need."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ class Shard:
     """Samples of one worker, and the problem that they belong to.
 
     Args:
-        indptr: CSR row bounds, ``(n + 1,)``, int32 or int64.
-        indices: CSR columns, int32 or int64.
-        data: CSR values, float32 or float64; kept as they are.
+        starts: where each row begins in ``indices`` and ``data``, ``(n,)``, int32 or int64.
+        ends: where it ends; rows need not follow one another, so a shard shares the arrays of the matrix that it is of.
+        indices: columns, int32 or int64.
+        data: values, float32 or float64; kept as they are.
         y: targets, ``(n,)``; -1 and 1 for losses of labels.
         weight: c, the weight of each sample, ``(n,)``.
         columns: features d.
@@ -39,7 +40,8 @@ class Shard:
 
     def __init__(
         self,
-        indptr: NDArray[np.integer],
+        starts: NDArray[np.integer],
+        ends: NDArray[np.integer],
         indices: NDArray[np.integer],
         data: NDArray[np.floating],
         y: Array,
@@ -50,28 +52,27 @@ class Shard:
         total: float,
         bias: bool,
     ) -> None:
-        self.indptr, self.indices, self.data = indptr, indices, data
+        self.starts, self.ends, self.indices, self.data = starts, ends, indices, data
         self.y = np.ascontiguousarray(y, dtype=np.float64)
         self.weight = np.ascontiguousarray(weight, dtype=np.float64)
         self.loss, self.lam, self.total, self.bias = loss, float(lam), float(total), bool(bias)
         self.n, self.dim = len(self.y), columns + int(bias)
-        self.scale = self.weight / (self.lam * self.total)
+        self.factor = 1.0 / (self.lam * self.total)
         self.q = np.empty(self.n)
-        kernels.norms(indptr, data, self.bias, self.q)
-        self.q *= self.scale
+        kernels.norms(starts, ends, data, self.weight, self.factor, self.bias, self.q)
         self._order = np.empty(self.n, np.int32)
         self._order_of = -1
 
     @property
     def nonzeros(self) -> int:
         """Entries of the samples, the constant feature included."""
-        return int(self.indptr[-1] - self.indptr[0]) + self.bias * self.n
+        return int((self.ends - self.starts).sum(dtype=np.int64)) + self.bias * self.n
 
     def passes(self, alpha: Array, m: Array, sigma: float, keys: Sequence[int]) -> None:
         """Visit all samples once for each key; changes ``alpha`` and ``m = base + sigma u`` in place."""
         self._order_of = -1
         kernels.passes(
-            self.indptr, self.indices, self.data, self.y, self.scale, self.q, alpha, self._order,
+            self.starts, self.ends, self.indices, self.data, self.y, self.weight, self.factor, self.q, alpha, self._order,
             np.array([key & (2**64 - 1) for key in keys], np.uint64), m, sigma, self.loss.code, self.loss.smoothing, self.bias,
         )  # fmt: skip
 
@@ -89,31 +90,36 @@ class Shard:
     def visit(self, alpha: Array, m: Array, sigma: float, order: NDArray[np.int32]) -> None:
         """Visit the samples of ``order``; changes ``alpha`` and ``m = base + sigma u`` in place."""
         kernels.sdca(
-            self.indptr, self.indices, self.data, self.y, self.scale, self.q, alpha, order, m, sigma, self.loss.code,
-            self.loss.smoothing, self.bias,
+            self.starts, self.ends, self.indices, self.data, self.y, self.weight, self.factor, self.q, alpha, order, m, sigma,
+            self.loss.code, self.loss.smoothing, self.bias,
         )  # fmt: skip
 
     def contribution(self, alpha: Array) -> Array:
         """Return this shard's part of ``v(alpha) = 1/(lam N) sum_i c_i alpha_i x_i``, ``(dim,)``."""
         v = np.zeros(self.dim)
-        kernels.add_rows(self.indptr, self.indices, self.data, self.scale * alpha, self.bias, v)
+        kernels.add_rows(self.starts, self.ends, self.indices, self.data, self.factor, self.weight, alpha, self.bias, v)
         return v
 
     def primal_sum(self, w: Array) -> float:
         """Return ``sum_i c_i phi(x_i.w, y_i)``."""
-        return float(
-            kernels.primal_sum(
-                self.indptr,
-                self.indices,
-                self.data,
-                self.y,
-                self.weight,
-                w,
-                self.loss.code,
-                self.loss.smoothing,
-                self.bias,
-            )
-        )
+        total = kernels.primal_sum(
+            self.starts, self.ends, self.indices, self.data, self.y, self.weight, w, self.loss.code, self.loss.smoothing,
+            self.bias,
+        )  # fmt: skip
+        return float(total)
+
+    def primal_and_unsettled(self, w: Array, alpha: Array, most: float, out: NDArray[np.int32]) -> tuple[float, int]:
+        """Return :meth:`primal_sum` and how many samples, now first in ``out``, a step at ``w`` would move; for the hinges."""
+        total, count = kernels.primal_and_unsettled(
+            self.starts, self.ends, self.indices, self.data, self.y, self.weight, w, self.loss.code, self.loss.smoothing,
+            self.bias, alpha, most, out,
+        )  # fmt: skip
+        return float(total), int(count)
+
+    @property
+    def primal_at_zero(self) -> float:
+        """``1/N sum_i c_i phi(0, y_i)``: P(0), and the gap at alpha = 0 too, since D(0) is 0."""
+        return float(self.weight @ self.loss.value(np.zeros(1), self.y)) / self.total
 
     def dual_sum(self, alpha: Array) -> float:
         """Return ``sum_i c_i dual(alpha_i, y_i)``."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lightning_distopt.errors import DataError
 from lightning_distopt.primal_dual.certificate import Certificate, Row
-from lightning_distopt.primal_dual.checkpoints import Checkpoint, CheckpointFile
+from lightning_distopt.primal_dual.checkpoints import Checkpoint, CheckpointFile, Start
 from lightning_distopt.primal_dual.config import Config
 from lightning_distopt.primal_dual.ranks import Hooks, Rank, run_rank
 from lightning_distopt.primal_dual.shard import Shard
@@ -124,13 +124,14 @@ def solve_on_ranks(
     # A private name of torch, kept with the others; looked up late, since it lives on a higher floor.
     from lightning_distopt.strategies.compat import default_store
 
-    kept = file.load() if file is not None else None
-    start = alpha if kept is None else kept.alpha
-    before = 0 if kept is None else kept.rounds
+    start = Start(alpha) if file is None else _agreed_start(file.load(), alpha, ranks)
+    before = start.rounds
 
     def keep(version: int, worker: Worker) -> None:
         if file is not None:
-            file.save(Checkpoint(worker.alpha.copy(), before + version))
+            model = worker.model.copy() if worker.settled else np.empty(0)
+            drawn = np.array([worker.drawn] if worker.settled else [], np.int64)
+            file.save(Checkpoint(worker.alpha.copy(), before + version, sigma=worker.sigma, drawn=drawn, model=model))
 
     hooks = Hooks(on_row=on_row, keep=keep, checkpoint_every=checkpoint_every if file is not None else 0)
     place = Rank(ranks.rank, ranks.world, ranks.group, default_store(), run, timeout=timeout)
@@ -141,6 +142,14 @@ def solve_on_ranks(
         file.remove()
     certificate, history = cast("tuple[Certificate, list[Row]]", box[0])
     return model, mine, certificate, history
+
+
+def _agreed_start(kept: Checkpoint | None, alpha: Array | None, ranks: Ranks) -> Start:
+    """Return where this rank begins: as if nothing had happened, if all ranks have kept the same round."""
+    own = Start(alpha) if kept is None else kept.starts([slice(None)])[0]
+    found: list[Any] = [None] * ranks.world
+    dist.all_gather_object(found, (own.rounds, own.model is not None), group=ranks.group)
+    return own if set(found) == {(own.rounds, True)} else Start(own.alpha, min(rounds for rounds, _ in found))
 
 
 def checkpoint_path(folder: str | os.PathLike[str], problem: int, ranks: Ranks) -> Path:

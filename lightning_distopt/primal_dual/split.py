@@ -1,4 +1,4 @@
-"""Samples -> shards: which worker gets which rows, and a CSR matrix as the arrays that kernels take."""
+"""Samples -> shards: which worker gets which rows of a CSR matrix, whose entries all of them share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,24 @@ from lightning_distopt.primal_dual.shard import Shard
 __all__ = ["as_csr", "make_shard", "parts", "shards_of"]
 
 Array = NDArray[np.float64]
+_BLOCK, _BLOCKS = 64, 512
 
 
 def parts(n: int, workers: int, seed: int) -> list[NDArray[np.int64]]:
-    """Return the rows of each worker, ascending: a seeded random partition into parts that differ by at most one row."""
+    """Return the rows of each worker, ascending: a seeded random partition into parts of equal size, up to a block.
+
+    Many samples are divided by blocks of consecutive rows, at least 512 a worker and at most 64 rows long: memory is read
+    much faster in pieces that a processor can foresee, and samples in the order of their labels are divided evenly all the same.
+    """
     if workers == 1:
         return [np.arange(n, dtype=np.int64)]
-    order = np.empty(n, np.int32)
+    block = max(1, min(_BLOCK, n // (_BLOCKS * workers)))
+    blocks = -(-n // block)
+    order, owner = np.empty(blocks, np.int32), np.empty(blocks, np.int32)
     kernels.permutation(order, np.uint64(derive_key(seed, 0, 0, "partition") & (2**64 - 1)))
-    return [np.sort(order[k::workers]).astype(np.int64) for k in range(workers)]
+    owner[order] = np.arange(blocks, dtype=np.int32) % workers
+    owner = np.repeat(owner, block)[:n]
+    return [np.flatnonzero(owner == k) for k in range(workers)]
 
 
 def as_csr(x: Any) -> Any:
@@ -46,7 +55,7 @@ def as_csr(x: Any) -> Any:
         bad = int(np.flatnonzero(~np.isfinite(x.data))[0])
         row = int(np.searchsorted(x.indptr, bad, side="right")) - 1
         raise DataError(f"`X` must not hold NaN or infinity: got {x.data[bad]} in row {row}. Remove or replace it.")
-    repeated = int(kernels.first_repeated(x.indptr, x.indices, x.shape[1]))
+    repeated = int(kernels.first_repeated(x.indptr[:-1], x.indptr[1:], x.indices, x.shape[1]))
     if repeated >= 0:
         raise DataError(
             f"`X` must name each feature once a row, below {x.shape[1]}: row {repeated} does not. Call `X.sum_duplicates()`."
@@ -55,11 +64,21 @@ def as_csr(x: Any) -> Any:
 
 
 def make_shard(
-    x: Any, y: Array, loss: Loss, lam: float, total: float, weight: Array | None = None, bias: bool = False
+    x: Any,
+    y: Array,
+    loss: Loss,
+    lam: float,
+    total: float,
+    weight: Array | None = None,
+    bias: bool = False,
+    rows: NDArray[np.int64] | None = None,
 ) -> Shard:
-    """Return the shard that holds the rows of ``x`` (CSR); the arrays are shared."""
+    """Return the shard that holds the rows of ``x`` (CSR), or some of them; entries are shared, not copied."""
+    starts, ends = x.indptr[:-1], x.indptr[1:]
     ones = np.ones(x.shape[0]) if weight is None else weight
-    return Shard(x.indptr, x.indices, x.data, y, ones, x.shape[1], loss, lam, total, bias)
+    if rows is not None:
+        starts, ends, y, ones = starts[rows], ends[rows], y[rows], ones[rows]
+    return Shard(starts, ends, x.indices, x.data, y, ones, x.shape[1], loss, lam, total, bias)
 
 
 def shards_of(
@@ -100,4 +119,4 @@ def shards_of(
             f"`y` must be -1 or 1 for `loss={loss!r}`: got {wrong}. Use an estimator, which takes any labels."
         )
     chosen = parts(len(y), workers, seed) if rows is None else rows
-    return [make_shard(x[part], y[part], row, lam, total, ones[part], bias) for part in chosen]
+    return [make_shard(x, y, row, lam, total, ones, bias, part) for part in chosen]

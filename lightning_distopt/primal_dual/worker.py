@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from lightning_distopt.errors import CertificateError, ProtocolError
 from lightning_distopt.primal_dual import kernels
+from lightning_distopt.primal_dual.checkpoints import Start
 from lightning_distopt.primal_dual.config import Config
 from lightning_distopt.primal_dual.filter import take_largest
 from lightning_distopt.primal_dual.messages import Kind, Message, is_dense, vector
@@ -46,7 +47,7 @@ class Worker:
         config: of the run, alike on all workers.
         number: from 0.
         alpha: dual variables to start from, ``(n,)``, copied; ``None`` is 0.
-        drawn: samples visited before, where a run is continued.
+        start: where a run is continued: see there; ``alpha`` is looked at where this has none.
         keep: called as ``keep(version, worker)`` when the server asks for a checkpoint, with the dual variables in place.
 
     Attributes:
@@ -54,6 +55,7 @@ class Worker:
         model: w_k.
         residual: r_k, what has not been sent.
         drawn: samples visited.
+        settled: whether ``model`` was all of the model, and nothing unsent, at the last certificate.
     """
 
     def __init__(
@@ -62,15 +64,22 @@ class Worker:
         config: Config,
         number: int,
         alpha: Array | None = None,
-        drawn: int = 0,
+        start: Start | None = None,
         keep: Keep | None = None,
     ) -> None:
+        start = start or Start()
+        alpha = alpha if start.alpha is None else start.alpha
         self.shard, self.config, self.number = shard, config, number
         self.alpha = np.zeros(shard.n) if alpha is None else shard.loss.feasible(np.array(alpha, np.float64), shard.y)
         self.model, self.residual = np.zeros(shard.dim), np.zeros(shard.dim)
-        self.sigma, self.drawn, self.version = config.sigma, drawn, 0
+        self.sigma, self.drawn, self.version = start.sigma or config.sigma, start.drawn, 0
+        self.settled = False
+        self._resumed = start.model is not None
+        if start.model is not None:
+            self.model[:] = start.model
         self._keep = keep
         self._buffers = (np.empty(shard.dim), np.empty(shard.dim))
+        self._evaluated = np.empty(0)  # the model of the last certificate
         self._certified: tuple[Array, Array, Array] | None = None
         if config.guard:
             self._remember()
@@ -78,7 +87,8 @@ class Worker:
     def hello(self) -> Message:
         """Return the first message: who this is, and its part of the model to start from."""
         scalars = np.array([fingerprint(self.config, self.shard), self.shard.n, self.shard.dual_sum(self.alpha)])
-        values = self.shard.contribution(self.alpha) if self.alpha.any() else np.empty(0)
+        known = self._resumed or not self.alpha.any()
+        values = np.empty(0) if known else self.shard.contribution(self.alpha)
         return Message(Kind.HELLO, values=values, scalars=scalars, purpose="setup")
 
     def handle(self, message: Message) -> Message | None:
@@ -93,7 +103,8 @@ class Worker:
             self._apply(message)
             return self._update()
         if message.kind is Kind.MODEL:
-            self.model[:] = message.values
+            if message.values.size:  # otherwise it holds the model already
+                self.model[:] = message.values
             if self._certified is not None and message.version == 0:
                 self._remember()
             return self._update()
@@ -103,6 +114,7 @@ class Worker:
             return self._losses(message)
         if message.kind is Kind.FINISH:
             self.residual[:] = 0.0
+            self.model[:] = self._evaluated
             dual = np.array([self.shard.dual_sum(self.alpha)])
             return self._message(Kind.FINAL, None, self.shard.contribution(self.alpha), dual, "flush")
         if message.kind is Kind.STOP:
@@ -177,6 +189,7 @@ class Worker:
 
     def _losses(self, message: Message) -> Message:
         keep, adopt = message.scalars
+        self._evaluated, self.settled = message.values, bool(adopt)
         if adopt:
             self.model[:] = message.values
         if keep >= 0 and self._keep is not None:

@@ -125,6 +125,20 @@ def test_a_logger_of_lightning_gets_every_row(tmp_path: Path) -> None:
     assert len(text.splitlines()) == 1 + len(fit.history_)
 
 
+@pytest.mark.slow
+def test_weights_and_biases_gets_every_row(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    x, y = sparse_problem("logistic", 60, 20)
+    logger = WandbLogger(project="distopt", save_dir=tmp_path, offline=True)
+    fit = ACPDClassifier(lam=1e-2).fit(x, y, logger=logger)
+    summary = dict(logger.experiment.summary)
+    logger.experiment.finish()
+    assert summary["dual/gap"] == fit.gap_
+    assert summary["dual/seconds"] == fit.history_[-1]["seconds"]
+
+
 def test_the_history_is_drawn() -> None:
     import matplotlib as mpl
 

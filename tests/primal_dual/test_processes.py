@@ -123,6 +123,24 @@ def test_an_interrupted_fit_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch
     assert not (folder / "problem-0.npz").exists()
 
 
+@pytest.mark.parametrize("sigma", [None, "alone"])
+def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sigma: str | None
+) -> None:
+    # All workers answer in every round: otherwise the order of arrivals decides, and no two runs are alike.
+    arguments = {**ARGUMENTS, "tol": 1e-9, "group_size": 3, "density": 0.1, "sigma": sigma}
+    whole = ACPDClassifier(**arguments).fit(X, Y)
+    with monkeypatch.context() as patched:
+        broken_after(patched, tmp_path / "flag", 14, 1, "killed")
+        with pytest.raises(WorkerLostError):
+            ACPDClassifier(**arguments, checkpoint=tmp_path).fit(X, Y)
+    fit = ACPDClassifier(**arguments, checkpoint=tmp_path).fit(X, Y)
+    assert fit.history_[0]["rounds"] > 6
+    np.testing.assert_array_equal(fit.coef_, whole.coef_)
+    np.testing.assert_array_equal(fit.dual_, whole.dual_)
+    assert (fit.gap_, fit.n_iter_) == (whole.gap_, whole.n_iter_)
+
+
 def test_a_run_that_diverges_says_so() -> None:
     x, y = np.tile(X[:40], (3, 1)), np.tile(Y[:40], 3)
     with pytest.raises(CertificateError, match="diverged"):

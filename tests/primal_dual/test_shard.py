@@ -74,6 +74,9 @@ def test_parts_are_a_partition() -> None:
     found = parts(103, 4, seed=5)
     assert sorted(np.concatenate(found).tolist()) == list(range(103))
     assert {len(part) for part in found} == {25, 26}
+    blocks = parts(30_001, 4, seed=5)  # by blocks of 14 rows
+    assert sorted(np.concatenate(blocks).tolist()) == list(range(30_001))
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 2 * 14
 
 
 def test_samples_that_cannot_be_used_are_named() -> None:
