@@ -8,12 +8,20 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_distopt.federated import Deadline, FedMom, InProcessGrid, Service
+from lightning_distopt.federated import (
+    Deadline,
+    FedMom,
+    InProcessGrid,
+    Service,
+    lightning_client_app,
+    lightning_server_app,
+)
 from lightning_distopt.federated.conversation import replies_of
 from lightning_distopt.federated.records import tensors_of, to_record
+from tests.federated.lightning_toy import CPU, Line, Points
 from tests.federated.toy import equal, start, toy_app
 
 
@@ -92,6 +100,28 @@ def test_metrics_reach_loggers(tmp_path: Path) -> None:
     assert float(last["val/accuracy/client_3"]) == pytest.approx(0.22)  # the toy has no names: Flower's ids
     assert float(last["loss"]) == pytest.approx((0 * 10 + 1 * 20 + 2 * 30) / 60)
     assert float(last["federated/bytes_received"]) > 0
+
+
+def test_the_server_app_logs_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    server = lightning_server_app(
+        Line, lambda context: FedMom(service=Service(loggers=[logger])), 2, datamodule_factory=lambda: Points(0, 1),
+        trainer=CPU,
+    )  # fmt: skip
+    client = lightning_client_app(Line, Points, local_epochs=1, trainer=CPU)
+    try:
+        server(InProcessGrid(client, 2), Context(1, 0, {}, RecordDict(), {}))
+        told = dict(logger.experiment.summary)
+    finally:
+        wandb.finish()
+    assert told["trainer/global_step"] == 2
+    assert told["federated/participants"] == 2
+    assert {"val/loss", "val/loss/worst_10", "server/val/loss"} <= told.keys()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 def test_the_servers_memory_does_not_grow_with_the_clients() -> None:
