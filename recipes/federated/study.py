@@ -30,6 +30,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx, Strategy
 from torch.utils.data import Subset, TensorDataset
 
 from benchmarks.results_file import ResultsFile, versions
+from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.federated import FedMom, InProcessGrid, Service, lightning_client_app
 from lightning_distopt.federated.records import tensors_of, to_record
 from recipes.federated.curves import LAST, TUNING_SEED, Curves, draw
@@ -73,7 +74,7 @@ def plan(task: Task, results: ResultsFile) -> Iterator[Run]:
 
 
 def federate(task: Task, run: Run, rounds: int) -> list[float]:
-    """Return the server's accuracy after each round, from 0."""
+    """Return the server's accuracy after each round, from 0; zeros after a round that would make the model infinite."""
     accuracies: list[float] = []
 
     def module() -> Any:
@@ -105,9 +106,17 @@ def federate(task: Task, run: Run, rounds: int) -> list[float]:
         ),
         clients,
     )
-    METHODS[run.method](run.seed, options).start(
-        grid, to_record(module().state_dict()), rounds, train_config=ConfigRecord({"seed": run.seed}), evaluate_fn=judge
-    )
+    strategy = METHODS[run.method](run.seed, options)
+    try:
+        strategy.start(
+            grid,
+            to_record(module().state_dict()),
+            rounds,
+            train_config=ConfigRecord({"seed": run.seed}),
+            evaluate_fn=judge,
+        )
+    except NonFiniteError:  # FedMom ends a federation that diverges; Flower's go on with NaN
+        accuracies += [0.0] * (rounds + 1 - len(accuracies))
     return accuracies
 
 

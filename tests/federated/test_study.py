@@ -11,7 +11,8 @@ pytest.importorskip("flwr")
 from torch.utils.data import TensorDataset
 
 from benchmarks.results_file import ResultsFile
-from lightning_distopt.federated import partitions
+from lightning_distopt.errors import NonFiniteError
+from lightning_distopt.federated import FedMom, partitions
 from recipes.federated import study
 from recipes.federated.curves import Curves, draw
 from recipes.federated.tasks import Classifier, Task, shakespeare
@@ -93,6 +94,18 @@ def test_a_run_comes_back(task: Task) -> None:
     for method in ("fedavg", "fedmom"):
         run = study.Run(method, 1.0, 3)
         assert study.federate(task, run, 2) == study.federate(task, run, 2)
+
+
+def test_a_run_that_diverges_counts_as_nothing_learnt(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Diverges(FedMom):
+        def aggregate_train(self, server_round, replies):
+            if server_round == 2:
+                raise NonFiniteError("infinite")
+            return super().aggregate_train(server_round, replies)
+
+    monkeypatch.setitem(study.METHODS, "fedmom", lambda seed, options: Diverges(**options))
+    curve = study.federate(task, study.Run("fedmom", 0.1, 0), 3)
+    assert [value > 0 for value in curve] == [True, True, False, False]
 
 
 def test_shakespeares_roles_are_the_clients(tmp_path: Path) -> None:
