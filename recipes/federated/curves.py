@@ -14,7 +14,10 @@ from pathlib import Path
 
 from benchmarks.results_file import ResultsFile
 
-__all__ = ["LAST", "TUNING_SEED", "Curves", "draw", "smoothed"]
+__all__ = ["GRIDS", "LAST", "TUNING_SEED", "Curves", "draw", "smoothed"]
+
+GRIDS = {"mnist": (0.01, 0.03, 0.1, 0.3, 1.0), "shakespeare": (0.3, 1.0, 3.0, 10.0)}
+"""Client rates of each task, the same for every method; one whose best is at an end is also run one step beyond it."""
 
 LAST = 5
 """Rounds in the mean that is called final."""
@@ -42,7 +45,7 @@ class Curves:
         task: its name.
         results: the study's file.
         methods: in the order of the table.
-        rates: of the grid; default: all that the rows of the first seed have.
+        rates: of the grid; default: those of :data:`GRIDS`, or all that the rows of the first seed have.
 
     Attributes:
         rates: the same.
@@ -54,16 +57,34 @@ class Curves:
         self.task, self.methods = task, tuple(methods)
         self.rows = [row for row in results.rows() if row["task"] == task]
         tuned = {float(row["rate"]) for row in self.rows if int(row["seed"]) == TUNING_SEED}
-        self.rates = tuple(sorted(tuned if rates is None else rates))
+        self.rates = tuple(sorted(GRIDS.get(task, tuned) if rates is None else rates))
+
+    def beyond(self, method: str) -> float | None:
+        """Return the rate one step beyond the grid's end if the best rate of the grid is there, else ``None``."""
+        tuned = self._tuned(method)
+        if not set(self.rates) <= set(tuned):
+            return None
+        best = max(self.rates, key=tuned.__getitem__)
+        one = f"{best:e}"[0] == "1"  # rates go 1, 3, 10, 30, ...
+        if best == self.rates[-1]:
+            return float(f"{best * (3 if one else 10 / 3):.1g}")
+        if best == self.rates[0]:
+            return float(f"{best * (0.3 if one else 1 / 3):.1g}")
+        return None
 
     def best_rate(self, method: str) -> float | None:
         """Return the rate with the highest final accuracy; ``None`` while the grid is unfinished."""
-        tuned = {
+        tuned, beyond = self._tuned(method), self.beyond(method)
+        if not set(self.rates) <= set(tuned) or (beyond is not None and beyond not in tuned):
+            return None
+        return max(tuned, key=tuned.__getitem__)
+
+    def _tuned(self, method: str) -> dict[float, float]:
+        return {
             float(row["rate"]): float(row["final"])
             for row in self.rows
             if row["method"] == method and int(row["seed"]) == TUNING_SEED
         }
-        return max(tuned, key=tuned.__getitem__) if tuned and set(self.rates) <= set(tuned) else None
 
     def of(self, method: str) -> dict[int, list[float]]:
         """Return the curves at the best rate, by seed; empty while the grid is unfinished."""
@@ -103,7 +124,8 @@ class Curves:
             finals, rate = [100 * final for final in self.finals(method)], self.best_rate(method)
             if rate is None or not finals:
                 continue
-            edge = " (edge of the grid)" if rate in (self.rates[0], self.rates[-1]) else ""
+            tuned = self._tuned(method)
+            edge = " (the last tried)" if rate in (min(tuned), max(tuned)) else ""
             lines.append(
                 f"| {method} | {rate:g}{edge} | {statistics.fmean(finals):.1f} ({min(finals):.1f} to {max(finals):.1f}, "
                 f"{len(finals)} seeds) | {_listed(self.rounds_to(method, target).values(), '{:.0f}')} | "

@@ -3,9 +3,10 @@
     python -m recipes.federated.study mnist --data <folder of MNIST> [--runs 10] [--part 1/2]
     python -m recipes.federated.study --table [--picture docs/federated.png]     (Markdown, from the rows alone)
 
-First comes the grid of client rates, the same for every method, with the first seed; then, at each method's best rate, the
-other seeds. Rows are appended to the CSV at once; what is there is not run again. The clients are those of
-:func:`lightning_client_app`, called in this process (``InProcessGrid``); all strategies but FedMom are Flower's own.
+First comes the grid of client rates, the same for every method, with the first seed, and one rate beyond it where a method's best
+is at its end; then, at each method's best rate, the other seeds. Rows are appended to the CSV at once; what is there is not run
+again. The clients are those of :func:`lightning_client_app`, called in this process (``InProcessGrid``); all strategies but FedMom
+are Flower's own.
 """
 
 from __future__ import annotations
@@ -66,11 +67,17 @@ def plan(task: Task, results: ResultsFile) -> Iterator[Run]:
     for rate in task.rates:
         for method in METHODS:
             yield Run(method, rate, TUNING_SEED)
-    for seed in SEEDS:
+    for method in METHODS:
+        if (beyond := _curves(task, results).beyond(method)) is not None:
+            yield Run(method, beyond, TUNING_SEED)
+    for seed in SEEDS[1:]:
         for method in METHODS:
-            rate_of = Curves(task.name, results, tuple(METHODS), task.rates).best_rate(method)
-            if rate_of is not None and seed != TUNING_SEED:
-                yield Run(method, rate_of, seed)
+            if (best := _curves(task, results).best_rate(method)) is not None:
+                yield Run(method, best, seed)
+
+
+def _curves(task: Task, results: ResultsFile) -> Curves:
+    return Curves(task.name, results, tuple(METHODS), task.rates)
 
 
 def federate(task: Task, run: Run, rounds: int) -> list[float]:

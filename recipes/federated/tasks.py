@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from lightning_distopt.federated.partitions import Indices, natural_id, pathological
 from recipes.black_box.data.mnist import read_mnist
+from recipes.federated.curves import GRIDS
 
 Batch = tuple[Tensor, Tensor]
 
@@ -163,7 +164,7 @@ def shakespeare(root: Path, clients: int = 100, length: int = 80) -> Task:
     def module(lr: float) -> Classifier:
         return Classifier(Recurrent(len(alphabet)), lr)
 
-    return Task("shakespeare", module, data, parts, judged, (0.3, 1.0, 3.0, 10.0), 40, 1, 4, 0.3)
+    return Task("shakespeare", module, data, parts, judged, GRIDS["shakespeare"], 40, 1, 4, 0.3)
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {"mnist": mnist, "shakespeare": shakespeare}

@@ -27,8 +27,8 @@ def task() -> Task:
     return Task("toy", lambda lr: Classifier(torch.nn.Linear(4, 2), lr), data, parts, data, (0.1, 1.0), 2, 1, 6, 0.6)
 
 
-def curves(results: ResultsFile, task: Task | None = None) -> Curves:
-    return Curves("toy", results, tuple(study.METHODS), None if task is None else task.rates)
+def curves(results: ResultsFile, task: Task) -> Curves:
+    return Curves(task.name, results, tuple(study.METHODS), task.rates)
 
 
 def test_the_study_runs_every_method_and_goes_on_where_it_was_stopped(task: Task, tmp_path: Path) -> None:
@@ -37,19 +37,23 @@ def test_the_study_runs_every_method_and_goes_on_where_it_was_stopped(task: Task
     assert study.measure(task, results, methods + 1, (0, 1), 2) == methods + 1
     assert curves(results, task).best_rate("fedmom") is None
     study.measure(task, results, methods - 1, (0, 1), 2)
-    assert curves(results, task).best_rate("fedmom") in task.rates
+    assert curves(results, task).beyond("fedmom") in (0.03, 3.0)  # the best of two rates is at an end
+    assert curves(results, task).best_rate("fedmom") is None
+    study.measure(task, results, methods, (0, 1), 2)
+    assert curves(results, task).best_rate("fedmom") is not None
     assert study.measure(task, results, 1, (0, 1), 2) == 1  # another seed, at the best rate
     assert results.rows()[-1]["seed"] == "1"
-    text = curves(results).table()
+    text = curves(results, task).table()
     assert all(f"| {method} |" in text for method in study.METHODS)
 
 
 def rows(path: Path, **finals: tuple[list[float], ...]) -> Curves:
-    """Rows of two rates: at 0.1 the curves given, one a seed; at 1.0 a worse one."""
+    """Rows of three rates: at 0.1 the curves given, one a seed; beside it worse ones."""
     results = ResultsFile(path / "rows.csv", study.COLUMNS, study.KEY)
     for method, found in finals.items():
         for seed, curve in enumerate(found):
-            for rate, values in ((0.1, curve), (1.0, [0.0] * len(curve)))[: 2 - bool(seed)]:
+            nothing = [0.0] * len(curve)
+            for rate, values in ((0.1, curve), (1.0, nothing), (0.03, nothing))[: 1 if seed else 3]:
                 row = {"task": "toy", "method": method, "rate": rate, "seed": seed, "target": 0.5}
                 final = sum(values[-5:]) / 5
                 results.append({**row, "final": final, "best": max(values), "accuracies": str(values)})
