@@ -5,8 +5,8 @@
 
 First comes the grid of client rates, the same for every method, with the first seed, and one rate beyond it where a method's best
 is at its end; then, at each method's best rate, the other seeds. Rows are appended to the CSV at once; what is there is not run
-again. The clients are those of :func:`lightning_client_app`, called in this process (``InProcessGrid``); all strategies but FedMom
-are Flower's own.
+again. The clients are those of :func:`lightning_client_app`, called in this process (``InProcessGrid``); all strategies but
+FedMom are Flower's own.
 """
 
 from __future__ import annotations
