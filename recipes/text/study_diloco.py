@@ -3,9 +3,8 @@
     python -m recipes.text.study_diloco [--runs 3] [--only DiLoCo]       (runs what is missing)
     python -m recipes.text.study_diloco --table                          (Markdown)
 
-Two processes over Gloo, AdamW inside, the same tokens, model and grid of inner rates for every method; then, at the best inner
-rate, one grid of outer rates for every method that has one; the best pair is repeated with the other seeds. Rows are appended to
-`recipes/studies/diloco_text.csv` at once; what is there is not run again.
+Two processes over Gloo, AdamW inside, the same tokens, model and grid of inner rates for every method; its best rate is then
+repeated with the other seeds. Rows are appended to `recipes/studies/diloco_text.csv` at once; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -31,34 +30,29 @@ from lightning_distopt.exchange.meter import ring_all_reduce_bytes
 from recipes.text import CharModel, StandardLibraryText
 
 RESULTS = Path(__file__).parents[1] / "studies" / "diloco_text.csv"
-COLUMNS = ("method", "lr", "outer", "seed", "steps", "tokens", "bytes", "peak_bytes", "loss", "curve", "versions")
-KEY = ("method", "lr", "outer", "seed")
+COLUMNS = ("method", "lr", "seed", "steps", "tokens", "bytes", "peak_bytes", "loss", "curve", "versions")
 METHODS: dict[str, dict[str, Any] | None] = {
     "ddp": None,
     "local SGD, H = 20": {"sync_every": 20},
-    "DiLoCo, H = 20": {"sync_every": 20, "momentum": 0.9},
-    "DiLoCo, H = 100": {"sync_every": 100, "momentum": 0.9},
-    "DiLoCo, H = 20, sign with residual": {"sync_every": 20, "momentum": 0.9, "compressor": "sign"},
+    "DiLoCo, H = 20": {"sync_every": 20, "outer_optimizer": FedMom(0.7, 0.9)},
+    "DiLoCo, H = 100": {"sync_every": 100, "outer_optimizer": FedMom(0.7, 0.9)},
+    "DiLoCo, H = 20, sign with residual": {
+        "sync_every": 20,
+        "outer_optimizer": FedMom(0.7, 0.9),
+        "compressor": "sign",
+    },
     "Streaming DiLoCo, H = 20, 4 fragments, delay 1, mix 0.5": {
         "sync_every": 20,
-        "momentum": 0.9,
+        "outer_optimizer": FedMom(0.7, 0.9),
         "fragments": 4,
         "delay": 1,
         "mix": 0.5,
     },
 }
 RATES = (0.003, 0.01, 0.03)
-OUTER, OUTERS = 0.7, (0.2, 0.4, 0.7, 1.0)
 SEEDS = (0, 1)
 WORLD, STEPS, LOOKS = 2, 600, 6
 WIDTH, LENGTH, BATCH = 64, 64, 16
-
-
-class Choice(NamedTuple):
-    """Inner and outer rate; the latter is empty for a method without outer momentum."""
-
-    lr: float
-    outer: float | str
 
 
 class Curve(Callback):
@@ -92,19 +86,14 @@ class Curve(Callback):
             self.path.write_text(json.dumps({"curve": self.points, "peak": self._peak}))
 
 
-def train(method: str, choice: Choice, seed: int, steps: int = STEPS) -> dict[str, Any]:
+def train(method: str, lr: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
     """Train once and return a row."""
     arguments = METHODS[method]
     pl.seed_everything(seed, verbose=False)
     strategy: Any = "ddp_fork"
     if arguments is not None:
-        arguments = dict(arguments)
-        if (momentum := arguments.pop("momentum", None)) is not None:
-            arguments["outer_optimizer"] = FedMom(float(choice.outer), momentum)
         strategy = LocalUpdateStrategy(weighting="uniform", start_method="fork", **arguments)
-    model = CharModel(
-        WIDTH, lambda params: torch.optim.AdamW(params, lr=choice.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    )
+    model = CharModel(WIDTH, lambda params: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.1))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "curve.json"
         trainer = pl.Trainer(
@@ -128,8 +117,7 @@ def train(method: str, choice: Choice, seed: int, steps: int = STEPS) -> dict[st
     step, sent, loss = seen["curve"][-1]
     return {
         "method": method,
-        "lr": choice.lr,
-        "outer": choice.outer,
+        "lr": lr,
         "seed": seed,
         "steps": step,
         "tokens": step * WORLD * BATCH * LENGTH,
@@ -141,61 +129,44 @@ def train(method: str, choice: Choice, seed: int, steps: int = STEPS) -> dict[st
     }
 
 
-def choices(results: ResultsFile, method: str) -> list[Choice]:
-    """Return what is tried with the first seed: inner rates; once those are known, outer rates at the best one."""
-    momentum = "momentum" in (METHODS[method] or {})
-    tried = [Choice(lr, OUTER if momentum else "") for lr in RATES]
-    if momentum and (first := _lowest(results, method, tried)) is not None:
-        tried += [Choice(first.lr, outer) for outer in OUTERS if outer != OUTER]
-    return tried
+def best_rate(results: ResultsFile, method: str) -> float | None:
+    """Return the inner rate with the lowest loss; ``None`` while the grid is unfinished."""
+    rows = [row for row in results.rows() if (row["method"], row["seed"]) == (method, str(SEEDS[0]))]
+    return None if len(rows) < len(RATES) else float(min(rows, key=lambda row: float(row["loss"]))["lr"])
 
 
-def best(results: ResultsFile, method: str) -> Choice | None:
-    """Return the rates with the lowest loss; ``None`` while the grid is unfinished."""
-    return _lowest(results, method, choices(results, method))
-
-
-def _lowest(results: ResultsFile, method: str, tried: list[Choice]) -> Choice | None:
-    rows = [results.find(method=method, seed=SEEDS[0], **choice._asdict()) for choice in tried]
-    losses = {choice: float(row["loss"]) for choice, row in zip(tried, rows, strict=True) if row is not None}
-    return min(losses, key=losses.__getitem__) if len(losses) == len(tried) else None
-
-
-def plan(results: ResultsFile) -> Iterator[tuple[str, Choice, int]]:
-    """Yield the runs in order; outer rates, then more seeds, once a method's best rates are known."""
-    for at in range(len(RATES)):
+def plan(results: ResultsFile) -> Iterator[tuple[str, float, int]]:
+    """Yield the runs in order; those of more seeds once a method's best rate is known."""
+    for lr in RATES:
         for method in METHODS:
-            yield method, choices(results, method)[at], SEEDS[0]
-    for method in METHODS:
-        for choice in choices(results, method)[len(RATES) :]:
-            yield method, choice, SEEDS[0]
+            yield method, lr, SEEDS[0]
     for seed in SEEDS[1:]:
         for method in METHODS:
-            chosen = best(results, method)
-            if chosen is not None:
-                yield method, chosen, seed
+            lr_ = best_rate(results, method)
+            if lr_ is not None:
+                yield method, lr_, seed
 
 
 def measure(results: ResultsFile, runs: int | None = None, only: str = "", steps: int = STEPS) -> int:
     """Run what is missing, at most ``runs``; return how many were run."""
     done = 0
-    for method, choice, seed in plan(results):
+    for method, lr, seed in plan(results):
         if runs is not None and done >= runs:
             break
-        if not method.startswith(only) or results.find(method=method, seed=seed, **choice._asdict()) is not None:
+        if not method.startswith(only) or results.find(method=method, lr=lr, seed=seed) is not None:
             continue
-        row = train(method, choice, seed, steps)
+        row = train(method, lr, seed, steps)
         results.append(row)
         done += 1
-        print(f"{method:56} lr {choice.lr:<6g} outer {choice.outer!s:4} seed {seed}  loss {row['loss']}", flush=True)
+        print(f"{method:56} lr {lr:<6g} seed {seed}  loss {row['loss']}  {row['bytes']} B", flush=True)
     return done
 
 
 def table(results: ResultsFile) -> str:
     """Return, as Markdown, losses at equal tokens, and what `ddp` has reached with the same bytes."""
     lines = [
-        "| method | best inner rate | best outer rate | loss at equal tokens | bytes of `ddp` / bytes sent | most bytes in a step | loss of `ddp` after as many bytes |",  # noqa: E501
-        "|---|---|---|---|---|---|---|",
+        "| method | best inner rate | loss at equal tokens | bytes of `ddp` / bytes sent | most bytes in a step | loss of `ddp` after as many bytes |",  # noqa: E501
+        "|---|---|---|---|---|---|",
     ]
     finals = {method: _finals(results, method) for method in METHODS}
     for method, rows in finals.items():
@@ -206,18 +177,15 @@ def table(results: ResultsFile) -> str:
         sent = int(rows[0]["bytes"])
         ratio = int(finals["ddp"][0]["bytes"]) / sent
         lines.append(
-            f"| {method} | {rows[0]['lr']} | {rows[0]['outer']} | {statistics.mean(losses):.3f}{spread} | {ratio:.1f} | "
+            f"| {method} | {rows[0]['lr']} | {statistics.mean(losses):.3f}{spread} | {ratio:.1f} | "
             f"{int(rows[0]['peak_bytes']):,} | {_after(finals['ddp'], sent)} |"
         )
     return "\n".join(lines)
 
 
 def _finals(results: ResultsFile, method: str) -> list[dict[str, str]]:
-    chosen = best(results, method)
-    if chosen is None:
-        return []
-    found = [results.find(method=method, seed=seed, **chosen._asdict()) for seed in SEEDS]
-    return [row for row in found if row is not None]
+    best = best_rate(results, method)
+    return [row for row in results.rows() if row["method"] == method and best is not None and float(row["lr"]) == best]
 
 
 def _after(rows: list[dict[str, str]], sent: int) -> str:
@@ -243,7 +211,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV file")
     parser.add_argument("--table", action="store_true", help="print what was measured as Markdown, and run nothing")
     options = parser.parse_args(args)
-    results = ResultsFile(options.results, COLUMNS, KEY)
+    results = ResultsFile(options.results, COLUMNS, ("method", "lr", "seed"))
     if not options.table:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)

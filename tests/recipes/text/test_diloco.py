@@ -31,40 +31,33 @@ def test_the_configurations_parse_one_on_top_of_the_other(capsys: pytest.Capture
 
 
 def test_the_study_is_stopped_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[tuple[str, study_diloco.Choice, int]] = []
+    ran: list[tuple[str, float, int]] = []
 
-    def train(method: str, choice: study_diloco.Choice, seed: int, steps: int) -> dict[str, Any]:
-        ran.append((method, choice, seed))
+    def train(method: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
+        ran.append((method, lr, seed))
         sent = 1000 if method == "ddp" else 100
-        loss = choice.lr + (float(choice.outer) if choice.outer else 0)
-        run = {
-            "method": method,
-            **choice._asdict(),
-            "seed": seed,
-            "loss": loss,
-            "curve": f"3:{sent // 2}:2.5 6:{sent}:{loss}",
-        }
-        return {**dict.fromkeys(study_diloco.COLUMNS, ""), **run, "bytes": sent, "peak_bytes": 7}
+        curve = f"3:{sent // 2}:2.5 6:{sent}:{lr}"
+        row = dict.fromkeys(study_diloco.COLUMNS, "")
+        run = {"method": method, "lr": lr, "seed": seed, "loss": lr, "curve": curve}
+        return {**row, **run, "bytes": sent, "peak_bytes": 7}
 
     monkeypatch.setattr(study_diloco, "train", train)
-    results = ResultsFile(tmp_path / "study.csv", study_diloco.COLUMNS, study_diloco.KEY)
-    methods, rates, outers = len(study_diloco.METHODS), len(study_diloco.RATES), len(study_diloco.OUTERS)
-    outer = sum("momentum" in (arguments or {}) for arguments in study_diloco.METHODS.values())
+    results = ResultsFile(tmp_path / "study.csv", study_diloco.COLUMNS, ("method", "lr", "seed"))
+    methods, rates = len(study_diloco.METHODS), len(study_diloco.RATES)
     assert study_diloco.measure(results, runs=methods) == methods
     assert study_diloco.table(results).count("\n") == 1  # no best rate yet
-    assert study_diloco.measure(results) == methods * (rates - 1) + outer * (outers - 1) + methods
+    assert study_diloco.measure(results) == methods * (rates + 1) - methods
     assert study_diloco.measure(results) == 0
     assert len(ran) == len(set(ran))
-    assert {choice.lr for _, choice, seed in ran if seed == 1} == {min(study_diloco.RATES)}
-    assert {choice.outer for _, choice, seed in ran if seed == 1} == {"", min(study_diloco.OUTERS)}
+    assert {lr for _, lr, seed in ran if seed == 1} == {min(study_diloco.RATES)}
     shown = study_diloco.table(results)
-    assert "| DiLoCo, H = 20 | 0.003 | 0.2 | 0.203 (0.203 to 0.203, 2 seeds) | 10.0 | 7 | above 2.5" in shown
+    assert "| DiLoCo, H = 20 | 0.003 | 0.003 (0.003 to 0.003, 2 seeds) | 10.0 | 7 | above 2.5" in shown
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ddp", "Streaming DiLoCo, H = 20, 4 fragments, delay 1, mix 0.5"])
 def test_a_run_of_the_study(method: str) -> None:
-    row = study_diloco.train(method, study_diloco.Choice(0.01, 0.7), 0, steps=12)
+    row = study_diloco.train(method, 0.01, 0, steps=12)
     assert row["steps"] == 12
     assert float(row["loss"]) < 5
     assert int(row["peak_bytes"]) <= int(row["bytes"])
