@@ -128,7 +128,7 @@ class Curves:
             edge = " (the last tried)" if rate in (min(tuned), max(tuned)) else ""
             lines.append(
                 f"| {method} | {rate:g}{edge} | {statistics.fmean(finals):.1f} ({min(finals):.1f} to {max(finals):.1f}, "
-                f"{len(finals)} seeds) | {_listed(self.rounds_to(method, target).values(), '{:.0f}')} | "
+                f"{len(finals)} seed{'s' * (len(finals) > 1)}) | {_listed(self.rounds_to(method, target).values(), '{:.0f}')} | "
                 f"{_listed(self.shares(method).values(), '{:.2f}')} |"
             )
         return "\n".join(lines)
@@ -144,7 +144,8 @@ class Curves:
         overlap = max(ours) >= min(theirs) and max(theirs) >= min(ours)
         return (
             f"{self.task}: FedMom has FedAvg's final accuracy after {median:.2f} of its rounds (median of "
-            f"{_listed(shares.values(), '{:.2f}')}); at most 0.7 was aimed at: {'reached' if median <= 0.7 else 'missed'}.\n"
+            f"{_listed(shares.values(), '{:.2f}')}, by seed); at most 0.7 was aimed at: "
+            f"{'reached' if median <= 0.7 else 'missed'}.\n"
             f"{self.task}: FedMom is {ahead:+.1f} points from FedAvgM at the end (the ranges over seeds "
             f"{'overlap' if overlap else 'are apart'}); at least level was aimed at: "
             f"{'reached' if ahead >= 0 or overlap else 'missed'}."
