@@ -2,8 +2,8 @@
 
     g = sum_k weight_k (w - y_k) / divisor
 
-Memory does not grow with the number of clients, with two exceptions: a robust aggregator has to see all updates, and so has
-the screening of norms while it knows no typical norm (the first round).
+Memory does not grow with the number of clients, with one exception: a robust aggregator has to see all updates. The screening of
+norms holds the first few back while it knows no typical norm (in the first round).
 """
 
 from __future__ import annotations
@@ -81,17 +81,23 @@ class Collected:
             return
         length = norm(update.displacement)
         waits = self.privacy is None and self._typical is None and self.screening.norm_factor is not None
-        if waits:
-            self._held.append((update, length))
-        else:
+        if not waits:
             self._take(update, length)
+            return
+        self._held.append((update, length))
+        if len(self._held) >= self.screening.hold:
+            self._decide()
 
-    def settle(self) -> None:
-        """Decide about those held back, now that all have come."""
+    def _decide(self) -> None:
+        """Take those held back, or refuse them, by their own median."""
         if self._held:
             self._typical = statistics.median_low(length for _, length in self._held)  # of two, the shorter
         while self._held:
             self._take(*self._held.pop(0))
+
+    def settle(self) -> None:
+        """Decide about those held back, now that all have come."""
+        self._decide()
         if self.privacy is None:
             self.history.norms.extend(self.norms.values())
 

@@ -22,7 +22,7 @@ __all__ = ["Deadline", "ask_names", "replies_of", "sorted_by_name", "wait_for_no
 
 _log = getLogger(__name__)
 NAME_RECORD, NAME_KEY = "client", "name"
-_QUERY_SECONDS = 60.0
+_QUERY_SECONDS = 180.0  # a client's process may have to start first
 
 
 @dataclass(frozen=True)

@@ -321,8 +321,8 @@ class FedMom(FedAvg):
             return None
         return f"one more round would spend epsilon {after:.4g}, above `max_epsilon={self.privacy.max_epsilon:g}`"
 
-    def state(self, arrays: ArrayRecord) -> ServerState:
-        """Return what is needed to go on after this round."""
+    def state(self, arrays: ArrayRecord, record: dict[str, Any] | None = None) -> ServerState:
+        """Return what is needed to go on after this round, with what the log will say about it."""
         return ServerState(
             round=self._round,
             arrays=tensors_of(arrays),
@@ -332,6 +332,7 @@ class FedMom(FedAvg):
             norms=list(self.history.norms),
             releases=[] if self.accountant is None else self.accountant.state_dict(),
             settings=self.settings(),
+            record=record or {},
         )
 
     def load_state(self, state: ServerState) -> None:

@@ -1,7 +1,8 @@
 """The rounds of a federation: ask, fold, save, evaluate, log, stop.
 
 restore ─▶ [ train ─▶ save ─▶ evaluate ─▶ log ─▶ stop? ] ... ─▶ Result
-                      └ a server that dies here goes on with the next round, one that dies before repeats this one
+                      │        └ a server that dies here evaluates and logs this round, and goes on with the next
+                      └ one that dies before repeats this round
 """
 
 from __future__ import annotations
@@ -82,7 +83,23 @@ def serve(
     seconds = service.deadline.seconds
     deadline = replace(service.deadline, timeout=limit, seconds=None if seconds is None else min(seconds, limit))
     strategy.summary()
-    before = _restored(strategy, initial, history)
+
+    def finish(record: dict[str, Any]) -> str | None:
+        """Evaluate the model after a round, log the round, and say why to stop, if so."""
+        begun, server_round = time.monotonic(), record["round"]
+        messages = strategy.configure_evaluate(server_round, arrays, evaluate_config, grid)
+        evaluated = strategy.aggregate_evaluate(server_round, replies_of(grid, messages, deadline, lambda: 0))
+        if evaluated is not None:
+            result.evaluate_metrics_clientapp[server_round] = evaluated
+        central = None if evaluate_fn is None else evaluate_fn(server_round, arrays)
+        if central is not None:
+            result.evaluate_metrics_serverapp[server_round] = central
+        _add_evaluation(strategy, record, time.monotonic() - begun, evaluated, central)
+        history.add(record)
+        _log_round(strategy, record)
+        return service.stopping.reason(record["metrics"]) if service.stopping is not None else None
+
+    before, why = _restored(strategy, initial, history)
     if before is not None:
         arrays, first = to_record(before.arrays), before.round + 1
         result.arrays = arrays
@@ -91,9 +108,14 @@ def serve(
         result.evaluate_metrics_serverapp[0] = metrics
     status = "failed"
     try:
+        if before is not None and before.record:
+            why = finish(before.record)
         for server_round in range(first, num_rounds + 1):
-            if (why := strategy.exhausted()) is not None:
-                _log.warning("The federation ends before round %d: %s.", server_round, why)
+            if why is not None:
+                _progress.info("The federation ends after round %d: %s.", server_round - 1, why)
+                break
+            if (spent := strategy.exhausted()) is not None:
+                _log.warning("The federation ends before round %d: %s.", server_round, spent)
                 break
             begun = time.monotonic()
             messages = strategy.configure_train(server_round, arrays, train_config, grid)
@@ -101,24 +123,12 @@ def serve(
             following, trained = strategy.aggregate_train(server_round, replies)
             if following is not None:
                 arrays = result.arrays = following
-            if service.state_dir is not None:
-                strategy.state(arrays).save(service.state_dir)
             if trained is not None:
                 result.train_metrics_clientapp[server_round] = trained
-            messages = strategy.configure_evaluate(server_round, arrays, evaluate_config, grid)
-            evaluated = strategy.aggregate_evaluate(server_round, replies_of(grid, messages, deadline, lambda: 0))
-            if evaluated is not None:
-                result.evaluate_metrics_clientapp[server_round] = evaluated
-            central = None if evaluate_fn is None else evaluate_fn(server_round, arrays)
-            if central is not None:
-                result.evaluate_metrics_serverapp[server_round] = central
-            record = _record(strategy, server_round, time.monotonic() - begun, arrays, trained, evaluated, central)
-            history.add(record)
-            _log_round(strategy, record)
-            why = service.stopping.reason(record["metrics"]) if service.stopping is not None else None
-            if why is not None:
-                _progress.info("The federation ends after round %d: %s.", server_round, why)
-                break
+            record = _record(strategy, server_round, time.monotonic() - begun, arrays, trained)
+            if service.state_dir is not None:
+                strategy.state(arrays, record).save(service.state_dir)
+            why = finish(record)
         status = "success"
     finally:
         for logger in service.loggers:
@@ -131,30 +141,30 @@ def _accepted(strategy: FedMom) -> int:
     return 0 if strategy.collected is None else strategy.collected.accepted
 
 
-def _restored(strategy: FedMom, initial: ArrayRecord, history: History) -> ServerState | None:
-    """Load the state and bring the stopping rule to where it was; ``None`` if there is no state."""
+def _restored(strategy: FedMom, initial: ArrayRecord, history: History) -> tuple[ServerState | None, str | None]:
+    """Load the state and bring the stopping rule to where it was; return both, ``None`` if there is no state or no reason.
+
+    The state's record is empty if its round is in the log.
+    """
     folder = strategy.service.state_dir
     state = None if folder is None else ServerState.load(folder)
     if folder is None or state is None:
-        return None
+        return None, None
     state.fits(tensors_of(initial), folder)
     strategy.load_state(state)
+    why = None
     for record in history.keep(state.round):
+        if record["round"] == state.round:
+            state.record = {}
         if strategy.service.stopping is not None:
-            strategy.service.stopping.reason(record["metrics"])
-    return state
+            why = strategy.service.stopping.reason(record["metrics"])
+    return state, why
 
 
 def _record(
-    strategy: FedMom,
-    server_round: int,
-    seconds: float,
-    arrays: ArrayRecord,
-    trained: MetricRecord | None,
-    evaluated: MetricRecord | None,
-    central: MetricRecord | None,
+    strategy: FedMom, server_round: int, seconds: float, arrays: ArrayRecord, trained: MetricRecord | None
 ) -> dict[str, Any]:
-    """Return a round as plain values: the line of the log."""
+    """Return a round as plain values, before it is evaluated: the beginning of its line in the log."""
     collected = strategy.collected
     assert collected is not None
     refused = sum(collected.refused.values())
@@ -175,16 +185,36 @@ def _record(
         metrics["federated/noise_multiplier"] = strategy.privacy.noise_multiplier
     elif collected.norms:
         metrics["federated/update_norm"] = sum(collected.norms.values()) / len(collected.norms)
-    for record in (trained, evaluated, central):
-        metrics |= {} if record is None else metrics_of(record)
-    named = {node: strategy.names.get(node, str(node)) for node in {*strategy.asked, *strategy.evaluated}}
-    clients: dict[str, Any] = {"asked": [named[node] for node in strategy.asked]}
+    clients: dict[str, Any] = {"asked": [_name(strategy, node) for node in strategy.asked]}
     if strategy.privacy is None:
-        clients["weights"] = {named.get(node, str(node)): weight for node, weight in collected.weights.items()}
-        clients["norms"] = {named.get(node, str(node)): norm for node, norm in collected.norms.items()}
-    clients["evaluated"] = {named[node]: told for node, told in strategy.evaluated.items()}
-    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return {"round": server_round, "metrics": metrics, "clients": clients}
+        clients["weights"] = {_name(strategy, node): weight for node, weight in collected.weights.items()}
+        clients["norms"] = {_name(strategy, node): norm for node, norm in collected.norms.items()}
+    return {"round": server_round, "metrics": _finite({**metrics, **_told(trained)}), "clients": clients}
+
+
+def _add_evaluation(
+    strategy: FedMom,
+    record: dict[str, Any],
+    seconds: float,
+    evaluated: MetricRecord | None,
+    central: MetricRecord | None,
+) -> None:
+    """Complete a round's record, in place."""
+    record["metrics"]["federated/round_seconds"] += seconds
+    record["metrics"] |= _finite({**_told(evaluated), **_told(central)})
+    record["clients"]["evaluated"] = {_name(strategy, node): told for node, told in strategy.evaluated.items()}
+
+
+def _name(strategy: FedMom, node: int) -> str:
+    return strategy.names.get(node, str(node))
+
+
+def _told(record: MetricRecord | None) -> dict[str, float]:
+    return {} if record is None else metrics_of(record)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _log_round(strategy: FedMom, record: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ class ServerState:
         norms: of updates accepted lately.
         releases: what the accountant has counted.
         settings: learning rate, momentum and the like of the round; a run that goes on with others is told so.
+        record: of the round, without its evaluation: the beginning of its line in the log, which is written later.
     """
 
     round: int
@@ -41,6 +42,7 @@ class ServerState:
     norms: list[float] = field(default_factory=list)
     releases: list[list[float]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         """Write the state into ``folder``.

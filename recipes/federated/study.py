@@ -1,11 +1,12 @@
 """Rounds to a target, for six ways to average: stopped and resumed at will.
 
     python -m recipes.federated.study mnist --data <folder of MNIST> [--runs 10] [--part 1/2]
-    python -m recipes.federated.study mnist --data <folder> --table            (Markdown)
+    python -m recipes.federated.study --table [--picture docs/federated.png]     (Markdown, from the rows alone)
 
-First comes the grid of client rates, the same for every method, with the first seed; then, at each method's best rate, the
-other seeds. Rows are appended to the CSV at once; what is there is not run again. The clients are those of
-:func:`lightning_client_app`, called in this process (``InProcessGrid``); all strategies but FedMom are Flower's own.
+First comes the grid of client rates, the same for every method, with the first seed, and one rate beyond it where a method's best
+is at its end; then, at each method's best rate, the other seeds. Rows are appended to the CSV at once; what is there is not run
+again. The clients are those of :func:`lightning_client_app`, called in this process (``InProcessGrid``); all strategies but
+FedMom are Flower's own.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx, Strategy
 from torch.utils.data import Subset, TensorDataset
 
 from benchmarks.results_file import ResultsFile, versions
+from lightning_distopt.errors import NonFiniteError
 from lightning_distopt.federated import FedMom, InProcessGrid, Service, lightning_client_app
 from lightning_distopt.federated.records import tensors_of, to_record
+from recipes.federated.curves import LAST, TUNING_SEED, Curves, draw
 from recipes.federated.tasks import TASKS, Part, Task
 
 RESULTS = Path(__file__).parents[1] / "studies" / "federated.csv"
-COLUMNS = ("task", "method", "rate", "seed", "final", "best", "rounds_to_target", "accuracies", "seconds", "versions")
+COLUMNS = ("task", "method", "rate", "seed", "target", "final", "best", "accuracies", "seconds", "versions")
 KEY = ("task", "method", "rate", "seed")
-SEEDS = (0, 1, 2)
+SEEDS = (TUNING_SEED, 1, 2)
 SHARE = 0.1
 
 Maker = Callable[[int, dict[str, Any]], Strategy]
@@ -63,26 +66,22 @@ def plan(task: Task, results: ResultsFile) -> Iterator[Run]:
     """Yield the runs in order; those at a best rate only once it is known."""
     for rate in task.rates:
         for method in METHODS:
-            yield Run(method, rate, SEEDS[0])
+            yield Run(method, rate, TUNING_SEED)
+    for method in METHODS:
+        if (beyond := _curves(task, results).beyond(method)) is not None:
+            yield Run(method, beyond, TUNING_SEED)
     for seed in SEEDS[1:]:
         for method in METHODS:
-            rate_of = best_rate(task, method, results)
-            if rate_of is not None:
-                yield Run(method, rate_of, seed)
+            if (best := _curves(task, results).best_rate(method)) is not None:
+                yield Run(method, best, seed)
 
 
-def best_rate(task: Task, method: str, results: ResultsFile) -> float | None:
-    """Return the rate with the highest mean accuracy over the last five rounds; ``None`` while the grid is unfinished."""
-    rows = [
-        row for row in results.rows() if (row["task"], row["method"], row["seed"]) == (task.name, method, str(SEEDS[0]))
-    ]
-    if len(rows) < len(task.rates):
-        return None
-    return float(max(rows, key=lambda row: float(row["final"]))["rate"])
+def _curves(task: Task, results: ResultsFile) -> Curves:
+    return Curves(task.name, results, tuple(METHODS), task.rates)
 
 
 def federate(task: Task, run: Run, rounds: int) -> list[float]:
-    """Return the server's accuracy after each round, from 0."""
+    """Return the server's accuracy after each round, from 0; zeros after a round that would make the model infinite."""
     accuracies: list[float] = []
 
     def module() -> Any:
@@ -114,9 +113,17 @@ def federate(task: Task, run: Run, rounds: int) -> list[float]:
         ),
         clients,
     )
-    METHODS[run.method](run.seed, options).start(
-        grid, to_record(module().state_dict()), rounds, train_config=ConfigRecord({"seed": run.seed}), evaluate_fn=judge
-    )
+    strategy = METHODS[run.method](run.seed, options)
+    try:
+        strategy.start(
+            grid,
+            to_record(module().state_dict()),
+            rounds,
+            train_config=ConfigRecord({"seed": run.seed}),
+            evaluate_fn=judge,
+        )
+    except NonFiniteError:  # FedMom ends a federation that diverges; Flower's go on with NaN
+        accuracies += [0.0] * (rounds + 1 - len(accuracies))
     return accuracies
 
 
@@ -131,51 +138,21 @@ def measure(task: Task, results: ResultsFile, runs: int | None, part: tuple[int,
             continue
         begun = time.perf_counter()
         curve = federate(task, run, rounds)
-        reached = next((number for number, accuracy in enumerate(curve) if accuracy >= task.target), "")
         results.append(
             {
                 **row,
-                "final": f"{statistics.mean(curve[-5:]):.4f}",
+                "target": task.target,
+                "final": f"{statistics.fmean(curve[-LAST:]):.4f}",
                 "best": f"{max(curve):.4f}",
-                "rounds_to_target": reached,
                 "accuracies": json.dumps([round(accuracy, 4) for accuracy in curve]),
                 "seconds": f"{time.perf_counter() - begun:.1f}",
                 "versions": versions(),
             }
         )
         done += 1
-        print(
-            f"{run.method:8} rate {run.rate:<5g} seed {run.seed}  final {statistics.mean(curve[-5:]):.1%}", flush=True
-        )
+        final = statistics.fmean(curve[-LAST:])
+        print(f"{task.name} {run.method:8} rate {run.rate:<5g} seed {run.seed}  final {final:.1%}", flush=True)
     return done
-
-
-def table(task: Task, results: ResultsFile) -> str:
-    """Return, as Markdown, each method at its best rate: accuracy of the last five rounds, and rounds to accuracies."""
-    kept: dict[str, list[dict[str, str]]] = {}
-    for method in METHODS:
-        if (rate := best_rate(task, method, results)) is not None:
-            wanted = (task.name, method, rate)
-            kept[method] = [row for row in results.rows() if (row["task"], row["method"], float(row["rate"])) == wanted]
-    fedavg = statistics.mean(float(row["final"]) for row in kept["fedavg"]) if "fedavg" in kept else task.target
-    lines = [
-        f"| method | client rate | accuracy, last 5 rounds (range over seeds) | rounds to {task.target:.0%} | rounds to FedAvg's "
-        f"{fedavg:.1%} |",
-        "|---|---|---|---|---|",
-    ]
-    for method, rows in kept.items():
-        finals = [100 * float(row["final"]) for row in rows]
-        reached = [_rounds(row, task.target) for row in rows], [_rounds(row, fedavg) for row in rows]
-        lines.append(
-            f"| {method} | {float(rows[0]['rate']):g} | {statistics.mean(finals):.1f} ({min(finals):.1f} to {max(finals):.1f}) | "
-            + " | ".join(", ".join(one) for one in reached)
-            + " |"
-        )
-    return "\n".join(lines)
-
-
-def _rounds(row: dict[str, str], accuracy: float) -> str:
-    return next((str(number) for number, value in enumerate(json.loads(row["accuracies"])) if value >= accuracy), "-")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -183,22 +160,30 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.federated.study", description="Rounds to a target, by method."
     )
-    parser.add_argument("task", choices=list(TASKS), help="what is learnt")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with MNIST's idx files, or with input.txt(.gz)"
-    )
+    parser.add_argument("task", nargs="?", choices=list(TASKS), help="what is learnt (not needed for the table)")
+    parser.add_argument("--data", type=Path, help="folder with MNIST's idx files, or with input.txt(.gz)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="CSV file (default: %(default)s)")
     parser.add_argument("--runs", type=int, help="at most so many (default: all that are missing)")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th run, for n processes (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="of each run (default: the task's)")
-    parser.add_argument("--table", action="store_true", help="print the table and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
+    parser.add_argument("--picture", type=Path, help="with --table: write the curves to this file")
     options = parser.parse_args(args)
+    results = ResultsFile(options.results, COLUMNS, KEY)
+    if options.table:
+        tasks = [Curves(name, results, tuple(METHODS)) for name in TASKS if options.task in (None, name)]
+        tasks = [curves for curves in tasks if curves.rows]
+        for curves in tasks:
+            print(f"{curves.task}\n\n{curves.table()}\n\n{curves.verdict()}\n")
+        if options.picture is not None and tasks:
+            draw(tasks, options.picture)
+        return 0
+    if options.task is None or options.data is None:
+        parser.error("a task and `--data` are needed to run: mnist --data <folder>; or use `--table`.")
     for name in ("flwr", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_distopt"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    task, results = TASKS[options.task](options.data), ResultsFile(options.results, COLUMNS, KEY)
-    if options.table:
-        print(table(task, results))
-        return 0
+    torch.set_num_threads(1)
+    task = TASKS[options.task](options.data)
     index, parts = (int(number) for number in options.part.split("/"))
     measure(task, results, options.runs, (index - 1, parts), options.rounds or task.rounds)
     return 0

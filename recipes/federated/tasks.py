@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_distopt.federated.partitions import Indices, natural_id, pathological
 from recipes.black_box.data.mnist import read_mnist
+from recipes.federated.curves import GRIDS
 
 Batch = tuple[Tensor, Tensor]
 
@@ -72,9 +73,10 @@ class Classifier(LightningModule):
     @torch.no_grad()
     def accuracy(self, data: TensorDataset) -> float:
         """Return the share of targets that are the likeliest answer."""
-        hits = total = 0
         self.eval()
-        for inputs, targets in DataLoader(data, 500):
+        hits = total = 0
+        for at in range(0, len(data), 500):  # slices: a loader would collate sample by sample
+            inputs, targets = data[at : at + 500]
             hits += int((self.net(inputs).argmax(-1) == targets).sum())
             total += targets.numel()
         return hits / total
@@ -88,8 +90,9 @@ class Part(LightningDataModule):
         self.data, self.batch = data, batch
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches."""
-        return DataLoader(self.data, self.batch, shuffle=True)
+        """Shuffled batches, each taken from the tensors at once."""
+        batches = BatchSampler(RandomSampler(self.data), self.batch, drop_last=False)
+        return DataLoader(self.data, batch_size=None, sampler=batches)
 
 
 class Recurrent(nn.Module):
@@ -113,20 +116,22 @@ class Recurrent(nn.Module):
 
 
 def mnist(root: Path, clients: int = 100, samples: int = 12_000) -> Task:
-    """Return MNIST, two shards of sorted labels a client, and a CNN of two convolutions."""
+    """Return MNIST, two shards of sorted labels a client, and a CNN of two convolutions with strides."""
     images, labels = read_mnist(root, "train")
     images, labels = images[:samples], labels[:samples]
     test = TensorDataset(*(part[:2000] for part in read_mnist(root, "t10k")))
 
     def module(lr: float) -> Classifier:
         net = nn.Sequential(
-            nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU(), nn.Flatten(),
             nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10),
         )  # fmt: skip
         return Classifier(net, lr)
 
     parts = pathological(labels.numpy(), clients, shards=2, seed=0)
-    return Task("mnist", module, TensorDataset(images, labels), parts, test, (0.03, 0.1, 0.3, 1.0), 60, 2, 20, 0.9)
+    return Task(
+        "mnist", module, TensorDataset(images, labels), parts, test, (0.01, 0.03, 0.1, 0.3, 1.0), 60, 2, 20, 0.9
+    )
 
 
 def shakespeare(root: Path, clients: int = 100, length: int = 80) -> Task:
@@ -159,7 +164,7 @@ def shakespeare(root: Path, clients: int = 100, length: int = 80) -> Task:
     def module(lr: float) -> Classifier:
         return Classifier(Recurrent(len(alphabet)), lr)
 
-    return Task("shakespeare", module, data, parts, judged, (1.0, 3.0, 6.0, 10.0), 40, 1, 4, 0.3)
+    return Task("shakespeare", module, data, parts, judged, GRIDS["shakespeare"], 40, 1, 4, 0.3)
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {"mnist": mnist, "shakespeare": shakespeare}

@@ -31,14 +31,6 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} did not happen within {seconds:.0f} s")
-        time.sleep(0.3)
-
-
 class Deployment:
     """One SuperLink, any number of SuperNodes; everything that was started ends with :meth:`close`."""
 
@@ -86,7 +78,21 @@ class Deployment:
             "--ssl-keyfile", f / "server.key", "--ssl-ca-certfile", f / "ca.pem", "--database", f / "superlink.db",
             "--enable-supernode-auth", "--disable-runtime-dependency-installation",
         )  # fmt: skip
-        wait_until(self._listens, 60, "the SuperLink's start")
+        self.wait_until(self._listens, 300, "the SuperLink's start")
+
+    def wait_until(self, true: Callable[[], object], seconds: float, what: str) -> None:
+        """Wait, for long: a slow machine is no failure. What the processes said is in the error."""
+        end = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > end:
+                said = "".join(
+                    f"\n--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in self._logs()
+                )
+                raise TimeoutError(f"{what} did not happen within {seconds:.0f} s{said}")
+            time.sleep(0.3)
+
+    def _logs(self) -> list[Path]:
+        return sorted(self.folder.glob("*.log"))
 
     def _listens(self) -> bool:
         with socket.socket() as probe:
@@ -116,7 +122,7 @@ class Deployment:
             env=self._environment("cli"),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

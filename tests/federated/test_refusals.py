@@ -138,6 +138,21 @@ def test_of_two_clients_the_thousand_fold_one_is_refused() -> None:
     assert list(strategy.collected.weights) == [1]
 
 
+def test_the_first_round_holds_few_updates_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_distopt.federated.collect import Collected
+
+    held = []
+    offer = Collected.offer
+    monkeypatch.setattr(Collected, "offer", lambda self, update: (offer(self, update), held.append(len(self._held))))
+    turn = lambda client, r, w: {n: t - (1000.0 if client in (0, 7) else 1.0) for n, t in w.items()}  # noqa: E731
+    strategy = FedMom(fraction_evaluate=0.0, screening=Screening(hold=4))
+    arrays = strategy.start(InProcessGrid(toy_app(turn), 9), to_record({"w": torch.zeros(3)}), 1).arrays
+    assert held == [1, 2, 3, 0, 0, 0, 0, 0, 0]
+    assert strategy.collected is not None
+    assert sorted(strategy.collected.weights) == [2, 3, 4, 5, 6, 7, 9]
+    torch.testing.assert_close(tensors_of(arrays)["w"], torch.full((3,), -1.9))
+
+
 def test_an_absolute_bound_refuses_in_the_first_round() -> None:
     strategy = FedMom(screening=Screening(norm_bound=1e-6, norm_factor=None), fraction_evaluate=0.0)
     arrays = tensors_of(strategy.start(InProcessGrid(toy_app(), 3), to_record(start()), 1).arrays)
@@ -162,7 +177,7 @@ def test_a_client_without_a_name_or_with_anothers_is_known_by_its_id() -> None:
     assert strategy.asked == [4, 3, 1, 2]
 
 
-@pytest.mark.parametrize("changes", [{"norm_bound": 0.0}, {"norm_factor": 1.0}, {"max_examples": -1.0}])
+@pytest.mark.parametrize("changes", [{"norm_bound": 0.0}, {"norm_factor": 1.0}, {"max_examples": -1.0}, {"hold": 1}])
 def test_bad_bounds_are_refused(changes: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(changes))}.*{next(iter(changes.values()))}"):
         Screening(**changes)

@@ -64,15 +64,14 @@ def test_a_killed_server_goes_on_bit_for_bit(tmp_path: Path, kind: str, moment: 
     assert list(resumed.history.norms) == list(whole.history.norms)
     if whole.accountant is not None and resumed.accountant is not None:
         assert resumed.accountant.releases == whole.accountant.releases
-    asked = [
-        {
-            line["round"]: line["clients"]["asked"]
-            for line in map(json.loads, (tmp_path / name / HISTORY_FILE).read_text().splitlines())
-        }
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / HISTORY_FILE).read_text().splitlines()]
         for name in ("whole", "broken")
     ]
-    missing = {4} if moment == "while they evaluate" else set()  # its line is written after the evaluation
-    assert {r: c for r, c in asked[0].items() if r not in missing} == asked[1]
+    for log in logs:
+        for line in log:
+            del line["metrics"]["federated/round_seconds"]
+    assert logs[0] == logs[1]  # a round that was not evaluated yet is evaluated after the restart
 
 
 def test_a_finished_federation_does_nothing_more(tmp_path: Path) -> None:
@@ -93,6 +92,8 @@ def test_stopping_remembers_the_rounds_before(tmp_path: Path) -> None:
     strategy(tmp_path / "b", stopping=rule()).start(InProcessGrid(toy_app(), 6), to_record(start()), 2)
     strategy(tmp_path / "b", stopping=rule()).start(InProcessGrid(toy_app(), 6), to_record(start()), 9)
     assert rounds(tmp_path / "b") == 4
+    strategy(tmp_path / "b", stopping=rule()).start(InProcessGrid(toy_app(), 6), to_record(start()), 9)
+    assert rounds(tmp_path / "b") == 4  # what has ended stays so
 
 
 def test_the_file_holds_tensors_and_plain_values_only(tmp_path: Path) -> None:

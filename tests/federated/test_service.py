@@ -8,12 +8,22 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import Message
+from flwr.app import Context, Message, RecordDict
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_distopt.federated import Deadline, FedMom, InProcessGrid, Service
+from lightning_distopt.federated import (
+    Deadline,
+    FedMom,
+    InProcessGrid,
+    Privacy,
+    Service,
+    lightning_client_app,
+    lightning_server_app,
+)
 from lightning_distopt.federated.conversation import replies_of
+from lightning_distopt.federated.history import History
 from lightning_distopt.federated.records import tensors_of, to_record
+from tests.federated.lightning_toy import CPU, Line, Points
 from tests.federated.toy import equal, start, toy_app
 
 
@@ -46,14 +56,30 @@ def options(**deadline) -> dict:
     return {"service": Service(deadline=Deadline(**deadline)), "fraction_evaluate": 0.0}
 
 
-def test_stragglers_are_dropped_at_the_deadline_and_their_weight_with_them() -> None:
-    strategy = FedMom(momentum=0.0, **options(seconds=0.2))
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [record["metrics"] for record in History(folder).read()]
+
+
+def test_stragglers_are_dropped_at_the_deadline_and_counted_and_their_weight_goes_with_them(tmp_path: Path) -> None:
+    service = Service(state_dir=str(tmp_path), deadline=Deadline(seconds=0.2))
+    strategy = FedMom(momentum=0.0, service=service, fraction_evaluate=0.0)
     grid = SlowGrid(toy_app(), 4, {2: 60.0, 4: 60.0})
     arrays = tensors_of(strategy.start(grid, to_record(start()), 1).arrays)
     w = start()["layer.weight"]
     torch.testing.assert_close(arrays["layer.weight"], (10 * (w / 2) + 30 * (w + 2) / 2) / 40)  # clients 0 and 2
     assert strategy.collected is not None
     assert sorted(strategy.collected.weights) == [1, 3]
+    assert log_of(tmp_path)[0]["federated/dropped"] == 2
+
+
+def test_epsilon_is_logged_each_round_and_what_privacy_hides_is_not(tmp_path: Path) -> None:
+    strategy = FedMom(privacy=Privacy(0.5, 1.0, 1e-5, 4), fraction_train=0.5, service=Service(state_dir=str(tmp_path)))
+    strategy.start(InProcessGrid(toy_app(), 4), to_record(start()), 3)
+    spent = [line["federated/epsilon"] for line in log_of(tmp_path)]
+    assert 0 < spent[0] < spent[1] < spent[2]
+    for record in History(tmp_path).read():
+        assert "loss" not in record["metrics"]  # the clients' own figures of training
+        assert not {"weights", "norms"} & record["clients"].keys()
 
 
 def test_the_deadline_waits_for_the_minimum() -> None:
@@ -92,6 +118,28 @@ def test_metrics_reach_loggers(tmp_path: Path) -> None:
     assert float(last["val/accuracy/client_3"]) == pytest.approx(0.22)  # the toy has no names: Flower's ids
     assert float(last["loss"]) == pytest.approx((0 * 10 + 1 * 20 + 2 * 30) / 60)
     assert float(last["federated/bytes_received"]) > 0
+
+
+def test_the_server_app_logs_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    server = lightning_server_app(
+        Line, lambda context: FedMom(service=Service(loggers=[logger])), 2, datamodule_factory=lambda: Points(0, 1),
+        trainer=CPU,
+    )  # fmt: skip
+    client = lightning_client_app(Line, Points, local_epochs=1, trainer=CPU)
+    try:
+        server(InProcessGrid(client, 2), Context(1, 0, {}, RecordDict(), {}))
+        told = dict(logger.experiment.summary)
+    finally:
+        wandb.finish()
+    assert told["trainer/global_step"] == 2
+    assert told["federated/participants"] == 2
+    assert {"val/loss", "val/loss/worst_10", "server/val/loss"} <= told.keys()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 def test_the_servers_memory_does_not_grow_with_the_clients() -> None:
