@@ -30,12 +30,12 @@ from recipes.resnet import ImageFolderData, LayeredClassifier
 
 __all__ = ["main", "train"]
 
-COLUMNS = ("plan", "lr", "seed", "accuracy", "losses", "seconds", "versions")
+COLUMNS = ("plan", "batch", "lr", "seed", "accuracy", "losses", "seconds", "versions")
 STAGES = 3
 
 
 def train(
-    plan: StalenessPlan, lr: float, seed: int, folder: str, epochs: int, per_class: int
+    plan: StalenessPlan, batch: int, lr: float, seed: int, folder: str, epochs: int, per_class: int
 ) -> tuple[float, list[float]]:
     """Return the accuracy on the test images, and the mean loss of each epoch."""
     torch.manual_seed(seed)
@@ -44,7 +44,7 @@ def train(
     edges = [0, *cuts, len(module.layers)]
     modules = [module.layers[a:b] for a, b in itertools.pairwise(edges)]
     data = ImageFolderData(
-        folder, val_split="test", image_size=32, batch_size=100, cache=True, limit_per_class=per_class, seed=seed
+        folder, val_split="test", image_size=32, batch_size=batch, cache=True, limit_per_class=per_class, seed=seed
     )
     data.setup("fit")
     make = partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4)
@@ -55,7 +55,7 @@ def train(
         for optimizer in engine.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        found = engine.run((x, y) for x, y in data.train_dataloader() if len(y) == 100)
+        found = engine.run((x, y) for x, y in data.train_dataloader() if len(y) == batch)
         losses.append(statistics.mean(found))
     module.eval()
     right = total = 0
@@ -73,26 +73,27 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--plans", nargs="+", default=["naive", "dsp"])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.05, 0.1, 0.2])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--per-class", type=int, default=1000)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/pipeline_accuracy.csv"))
     given = parser.parse_args(args)
-    file = ResultsFile(given.results, COLUMNS, ("plan", "lr", "seed"))
+    file = ResultsFile(given.results, COLUMNS, ("plan", "batch", "lr", "seed"))
 
     def once(name: str, lr: float, seed: int) -> dict[str, str]:
-        row = file.find(plan=name, lr=lr, seed=seed)
+        row = file.find(plan=name, batch=given.batch_size, lr=lr, seed=seed)
         if row is None:
             start = time.perf_counter()
             plan = StalenessPlan.preset(name, STAGES)
-            accuracy, losses = train(plan, lr, seed, given.data, given.epochs, given.per_class)
+            accuracy, losses = train(plan, given.batch_size, lr, seed, given.data, given.epochs, given.per_class)
             made: dict[str, Any] = {
-                "plan": name, "lr": lr, "seed": seed, "accuracy": f"{100 * accuracy:.2f}",
+                "plan": name, "batch": given.batch_size, "lr": lr, "seed": seed, "accuracy": f"{100 * accuracy:.2f}",
                 "losses": " ".join(f"{loss:.3f}" for loss in losses),
                 "seconds": f"{time.perf_counter() - start:.0f}", "versions": versions(),
             }  # fmt: skip
             file.append(made)
             row = {key: str(value) for key, value in made.items()}
-        print(row["plan"], row["lr"], row["seed"], row["accuracy"], row["losses"], flush=True)
+        print(row["plan"], row["batch"], row["lr"], row["seed"], row["accuracy"], row["losses"], flush=True)
         return row
 
     for name in given.plans:
