@@ -171,3 +171,10 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], says: str) -> None:
     x, y = sparse_problem("logistic", 20, 5)
     with pytest.raises(ValueError, match=says):
         ACPDClassifier(**arguments).fit(x, y)
+
+
+def test_processes_of_one_machine_send_all_unless_told_otherwise() -> None:
+    own = ACPDClassifier(n_workers=4)._checked(4, 10_000)
+    assert (own.density, own.group_size, own.sync_period) == (1.0, 4, 1)
+    told = ACPDClassifier(n_workers=4, density=0.1)._checked(4, 10_000)
+    assert (told.density, told.group_size, told.sync_period) == (0.1, 2, 10)

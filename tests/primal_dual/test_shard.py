@@ -49,6 +49,35 @@ def test_every_kind_of_csr_gives_the_same(values: type, places: type) -> None:
     np.testing.assert_allclose(m, u, atol=1e-10)
 
 
+@pytest.mark.parametrize("loss", ["squared_hinge", "logistic"])
+def test_a_model_that_leaves_the_caches_changes_no_bit(loss: str) -> None:
+    x, y = sparse_problem(loss, 60, 40)
+    near = sp.csr_matrix(x)
+    far = sp.csr_matrix((near.data, near.indices * 2000, near.indptr), shape=(60, 80_000))
+    found = []
+    for samples in (near, far):
+        shard = make_shard(samples, y, LOSSES[loss], 1e-2, 60.0)
+        alpha, m = np.zeros(60), np.zeros(shard.dim)
+        shard.passes(alpha, m, 1.0, [pass_key(0, 0, 0)])
+        found.append((alpha, m[m != 0], shard.primal_sum(m), shard.contribution(alpha)[m != 0]))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "smoothed_hinge", "squared_hinge"])
+def test_a_certificate_names_the_samples_that_a_step_would_move(loss: str) -> None:
+    x, y = sparse_problem(loss, 60, 40)
+    shard = make_shard(sp.csr_matrix(x), y, LOSSES[loss], 1e-2, 60.0)
+    alpha, w = np.zeros(60), np.zeros(40)
+    shard.passes(alpha, w, 1.0, [pass_key(0, 0, k) for k in range(3)])
+    out = np.empty(60, np.int32)
+    total, count = shard.primal_and_unsettled(w, alpha, np.inf if loss == "squared_hinge" else 1.0, out)
+    steps = [LOSSES[loss].step(alpha[i], y[i], float(x[i] @ w), shard.q[i]) for i in range(60)]
+    assert 0 < count < 60
+    assert total == pytest.approx(shard.primal_sum(w))
+    assert set(np.flatnonzero(np.abs(steps) > 1e-12)) <= set(out[:count].tolist())
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_sums_equal_the_table(loss: str) -> None:
     x, y = sparse_problem(loss, 50, 30)
