@@ -46,11 +46,22 @@ _LOCAL, _RESIDUAL, _OPTIMIZERS = "local-arrays", "residual", "optimizers"
 
 
 def shared_state(module: LightningModule, local_keys: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Return the entries of a module's state that travel: all but those that match a pattern of ``local_keys``."""
+    """Return the entries of a module's state that travel: all but those that match a pattern of ``local_keys``.
+
+    Raises:
+        TypeError: if ``local_keys`` is one text, or the state holds something else than tensors.
+    """
+    if isinstance(local_keys, str):  # its letters would be patterns, and `*` one of them
+        raise TypeError(f"`local_keys` must be a sequence of patterns: got {local_keys!r}. Use `[{local_keys!r}]`.")
+    state = module.state_dict()
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise TypeError(
+            f"The state of {type(module).__name__} must hold tensors only: {len(odd)} entries are others, such as {odd[:3]}. "
+            "Keep what `get_extra_state` returns in a buffer."
+        )
     return {
-        name: tensor
-        for name, tensor in module.state_dict().items()
-        if not any(fnmatchcase(name, pattern) for pattern in local_keys)
+        name: tensor for name, tensor in state.items() if not any(fnmatchcase(name, pattern) for pattern in local_keys)
     }
 
 
@@ -84,12 +95,15 @@ def lightning_client_app(
         mods: of Flower, around training; for example ``LocalDpMod(...)``, not together with compressed uploads.
 
     Raises:
+        TypeError: if ``local_keys`` is one text.
         ValueError: if a number is out of range.
 
     Example:
         ``app = lightning_client_app(MyModule, lambda part, of: MyData(part, of), local_epochs=1)``
     """
     work = LocalWork(local_steps, local_epochs, optimizer_state, prox, dict(trainer or {}))
+    if isinstance(local_keys, str):
+        raise TypeError(f"`local_keys` must be a sequence of patterns: got {local_keys!r}. Use `[{local_keys!r}]`.")
     local_keys = tuple(local_keys)
     app = ClientApp()
 

@@ -119,6 +119,6 @@ def sorted_by_name(nodes: Iterable[int], names: dict[int, str]) -> list[int]:
 
     def place(node: int) -> tuple[bool, list[tuple[int, int, str]], int]:
         pieces = re.split(r"(\d+)", names.get(node, ""))
-        return node not in names, [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in pieces], node
+        return node not in names, [(1, int(p), "") if p.isdecimal() else (0, 0, p) for p in pieces], node
 
     return sorted(nodes, key=place)

@@ -27,6 +27,7 @@ from lightning_distopt.federated.metrics import over_clients
 from lightning_distopt.federated.options import (
     Weighting,
     check_aggregator,
+    check_arrays,
     check_fractions,
     check_step,
     replies_needed,
@@ -113,7 +114,7 @@ class FedMom(FedAvg):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_step(lr, momentum)
+        check_step(lr, momentum, seed)
         check_fractions(self.fraction_train, self.fraction_evaluate, privacy)
         check_aggregator(aggregator)
         self.weighting = weighting_of(weighting, total_examples, privacy, aggregator)
@@ -147,6 +148,7 @@ class FedMom(FedAvg):
     ) -> Iterable[Message]:
         """Choose the cohort of a round and address the model to it."""
         self._round, self._sent = server_round, tensors_of(arrays)
+        check_arrays(self._sent)
         self.collected = None
         config[SEED_KEY] = self.seed
         if self.compressor_text is not None:
@@ -334,6 +336,12 @@ class FedMom(FedAvg):
             settings=self.settings(),
             record=record or {},
         )
+
+    def begin(self) -> None:
+        """Forget the federation before: no momentum, no typical norm, a new key of the noise. Spent privacy stays spent."""
+        self.v, self.history = {}, NormHistory()
+        if self._round:  # the same noise twice would be none: the difference of two releases is free of it
+            self.secret = secrets.randbits(63)
 
     def load_state(self, state: ServerState) -> None:
         """Take over a state; a warning says which settings differ from those that it was made with.

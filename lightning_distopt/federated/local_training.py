@@ -51,8 +51,8 @@ class LocalWork:
                 f"One of `local_steps` and `local_epochs` must be given: got {self.steps} and {self.epochs}."
             )
         length = self.epochs if self.steps is None else self.steps
-        if length is None or length < 1:
-            raise ValueError(f"`local_steps` or `local_epochs` must be at least 1: got {length}.")
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"`local_steps` or `local_epochs` must be a whole number of at least 1: got {length!r}.")
         if self.optimizer_state not in ("fresh", "kept"):
             raise ValueError(f"`optimizer_state` must be 'fresh' or 'kept': got {self.optimizer_state!r}.")
         if not self.prox >= 0:
@@ -85,12 +85,13 @@ class _Samples(Callback):
     """Counts what was trained on."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.batches = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, _: int
     ) -> None:
         self.count += _length(batch)
+        self.batches += 1
 
 
 def fit(
@@ -106,7 +107,8 @@ def fit(
         state: of the optimizers, from the last call; ``None``: they begin anew.
 
     Returns:
-        The number of examples that the client holds (or, if its loader does not tell, trained on), the logged metrics, and the
+        The number of examples that the client holds (or, if its loader does not tell, trained on; 0 if its loader gave no
+        batch), the logged metrics, and the
         state of the optimizers if it is kept.
     """
     optimizers, samples = _Optimizers(state), _Samples()
@@ -116,12 +118,13 @@ def fit(
     if prox > 0:
         callbacks.append(ProximalTerm(prox))
     options = {**_QUIET, "limit_val_batches": 0, **work.trainer}
-    options["callbacks"] = [*options.get("callbacks", ()), *callbacks]
+    given = options.get("callbacks") or ()  # Lightning takes one, several, or None
+    options["callbacks"] = [*([given] if isinstance(given, Callback) else given), *callbacks]
     limit = {"max_steps": work.steps, "max_epochs": -1} if work.steps is not None else {"max_epochs": work.epochs}
     trainer = Trainer(**{**options, **limit})
     trainer.fit(module, datamodule=data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-    examples = _held(trainer.train_dataloader) or samples.count
+    examples = (_held(trainer.train_dataloader) or samples.count) if samples.batches else 0
     return examples, metrics, optimizers.state if work.optimizer_state == "kept" else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from flwr.serverapp.strategy import (
@@ -16,13 +16,16 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     QFedAvg,
 )
+from torch import Tensor
 
 from lightning_distopt.compressors import Compressor, parse
+from lightning_distopt.data_parallel.outer_optimizer import is_number
 from lightning_distopt.federated.privacy import Privacy
 
 __all__ = [
     "Weighting",
     "check_aggregator",
+    "check_arrays",
     "check_fractions",
     "check_step",
     "replies_needed",
@@ -34,12 +37,24 @@ __all__ = [
 Weighting = Literal["normalized", "paper", "uniform"]
 
 
-def check_step(lr: float | Callable[[int], float], momentum: float) -> None:
-    """Raise a ``ValueError`` unless the server step is one."""
-    if not callable(lr) and not 0 < lr < math.inf:
-        raise ValueError(f"`lr` must be a finite number above 0, or a function of the round: got {lr}. Use 1.0.")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"`momentum` must be in [0, 1): got {momentum}. 0.9 is common, 0 is FedAvg.")
+def check_step(lr: float | Callable[[int], float], momentum: float, seed: int) -> None:
+    """Raise a ``ValueError`` unless the server step is one, and the seed fits into Flower's messages."""
+    if not callable(lr) and not (is_number(lr) and 0 < lr < math.inf):
+        raise ValueError(f"`lr` must be a finite number above 0, or a function of the round: got {lr!r}. Use 1.0.")
+    if not (is_number(momentum) and 0 <= momentum < 1):
+        raise ValueError(f"`momentum` must be in [0, 1): got {momentum!r}. 0.9 is common, 0 is FedAvg.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"`seed` must be a whole number of 64 bits with sign: got {seed!r}. Use for example 0.")
+
+
+def check_arrays(arrays: Mapping[str, Tensor]) -> None:
+    """Raise a ``TypeError`` for a model that cannot be averaged."""
+    odd = sorted(name for name, tensor in arrays.items() if tensor.is_complex())
+    if odd:
+        raise TypeError(
+            f"Arrays must be real numbers, integers or booleans: {len(odd)} are complex, such as {odd[:3]}. Keep real and "
+            "imaginary parts (`torch.view_as_real`)."
+        )
 
 
 def check_fractions(train: float, evaluate: float, privacy: Privacy | None) -> None:

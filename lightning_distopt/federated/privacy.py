@@ -64,9 +64,8 @@ class Privacy:
 
 def norm(update: Mapping[str, Tensor]) -> float:
     """Return the L2 norm of all tensors together, in float64."""
-    return math.sqrt(
-        sum(float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in update.values())
-    )
+    lengths = [float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) for tensor in update.values()]
+    return math.sqrt(sum(length * length for length in lengths))  # a product becomes infinite where ** raises
 
 
 def clipped_(update: Mapping[str, Tensor], clip: float) -> float:

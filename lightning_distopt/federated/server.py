@@ -19,8 +19,9 @@ __all__ = ["lightning_server_app", "trainable_entries"]
 
 
 def trainable_entries(module: LightningModule, local_keys: Sequence[str] = ()) -> frozenset[str]:
-    """Return the names of a module's parameters that travel: what momentum moves."""
-    return frozenset(name for name, _ in module.named_parameters()) & frozenset(shared_state(module, local_keys))
+    """Return the names of a module's parameters that travel, all names of tied ones: what momentum moves."""
+    named = frozenset(name for name, _ in module.named_parameters(remove_duplicate=False))
+    return named & frozenset(shared_state(module, local_keys))
 
 
 def lightning_server_app(

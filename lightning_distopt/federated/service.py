@@ -149,6 +149,8 @@ def _restored(strategy: FedMom, initial: ArrayRecord, history: History) -> tuple
     folder = strategy.service.state_dir
     state = None if folder is None else ServerState.load(folder)
     if folder is None or state is None:
+        strategy.begin()
+        history.keep(0)  # of a state that was removed
         return None, None
     state.fits(tensors_of(initial), folder)
     strategy.load_state(state)

@@ -9,6 +9,8 @@ pytest.importorskip("flwr")
 
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
 
 from lightning_distopt.federated import FedMom, InProcessGrid, lightning_client_app, lightning_server_app
 from lightning_distopt.federated.client import shared_state
@@ -116,6 +118,56 @@ def test_batch_norm_never_gets_momentum() -> None:
     assert "norm.running_mean" not in trainable_entries(module())
 
 
+class Tied(Line):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = torch.nn.Linear(4, 3)
+        self.twin.weight = self.body.weight
+        torch.nn.init.zeros_(self.twin.bias)
+
+    def loss(self, batch):
+        return torch.nn.functional.mse_loss(self.head(self.body(batch[0]) + self.twin(batch[0])), batch[1])
+
+
+def test_tied_weights_get_momentum_under_all_their_names() -> None:
+    assert {"body.weight", "twin.weight"} <= trainable_entries(Tied())
+    strategy = FedMom(fraction_evaluate=0.0, trainable=trainable_entries(Tied()))
+    arrays, _, _ = federation(strategy, module=Tied, rounds=3, local_epochs=None, local_steps=1)
+    assert torch.equal(arrays["body.weight"], arrays["twin.weight"])
+
+
+def test_one_callback_is_enough() -> None:
+    strategy = single()
+    federation(strategy, clients=1, trainer={**CPU, "callbacks": Callback()})
+    assert strategy.collected is not None
+    assert not strategy.collected.refused
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+def test_a_client_whose_loader_gives_no_batch_has_learnt_nothing() -> None:
+    class Few(Points):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(self.data, 9, drop_last=True)  # client 0 holds 8
+
+    strategy = FedMom(fraction_evaluate=0.0)
+    grid = InProcessGrid(lightning_client_app(Line, Few, local_steps=2, trainer=CPU), 2)
+    strategy.start(grid, to_record(Line().state_dict()), 1)
+    assert strategy.collected is not None
+    assert dict(strategy.collected.refused) == {"no_examples": 1}
+
+
+def test_local_keys_are_several_and_states_are_tensors() -> None:
+    with pytest.raises(TypeError, match=r"local_keys.*head\.\*"):
+        lightning_client_app(Line, Points, local_steps=1, local_keys="head.*")
+    with pytest.raises(TypeError, match=r"local_keys.*head\.\*"):
+        shared_state(Line(), "head.*")
+    more = type("More", (Line,), {"get_extra_state": lambda self: {"a": 1}})
+    with pytest.raises(TypeError, match="_extra_state"):
+        shared_state(more())
+
+
 def test_flowers_own_fedavg_takes_the_same_clients() -> None:
     grid = InProcessGrid(lightning_client_app(Line, Points, local_epochs=1, trainer=CPU), 2)
     theirs = tensors_of(FedAvg(fraction_evaluate=0.0).start(grid, to_record(Line().state_dict()), 2).arrays)
@@ -157,6 +209,8 @@ def test_the_server_app_runs_the_federation_and_validates() -> None:
         ({}, "local_steps.*local_epochs"),
         ({"local_steps": 1, "local_epochs": 1}, "local_steps.*local_epochs"),
         ({"local_steps": 0}, "at least 1.*0"),
+        ({"local_steps": 1.5}, "whole.*1.5"),
+        ({"local_epochs": "1"}, "whole.*'1'"),
         ({"local_epochs": 1, "prox": -1.0}, "prox.*-1"),
         ({"local_epochs": 1, "optimizer_state": "some"}, "optimizer_state.*some"),
     ],

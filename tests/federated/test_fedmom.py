@@ -263,3 +263,9 @@ def test_a_step_that_diverges_is_told(caplog: pytest.LogCaptureFixture) -> None:
     turn = lambda client, _, arrays: {n: t - 60_000 for n, t in arrays.items()}  # noqa: E731
     with caplog.at_level(logging.ERROR), pytest.raises(NonFiniteError, match="momentum"):
         fit(FedMom(), 3, 2, turn, {"w": torch.zeros(2, dtype=torch.float16)})
+
+
+@pytest.mark.parametrize("changes", [{"lr": "1.0"}, {"lr": True}, {"momentum": None}, {"seed": "a"}, {"seed": 2**63}])
+def test_arguments_of_odd_types_are_named(changes: dict) -> None:
+    with pytest.raises(ValueError, match=f"`{next(iter(changes))}`.*{next(iter(changes.values()))}"):
+        FedMom(**changes)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lightning_distopt.compressors import TopK
 from lightning_distopt.federated import FedMom, InProcessGrid, Screening
+from lightning_distopt.federated.conversation import sorted_by_name
 from lightning_distopt.federated.records import array_of_payload, tensors_of, to_record
 from tests.federated.toy import content, equal, start, towards, toy_app
 
@@ -27,6 +28,11 @@ def lying_array() -> Array:
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (1 << 38,)})
     return Array(dtype="float32", shape=(3, 4), stype="numpy.ndarray", data=stream.getvalue())
+
+
+def header(text: str) -> bytes:
+    """What a reader of arrays gets to parse."""
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.encode().ljust(117) + b"\n"
 
 
 def replaced(arrays, **changes) -> ArrayRecord:
@@ -68,6 +74,12 @@ CASES = {
     "malformed: 1 MB too much": lambda w, y, r: content(
         replaced(y, layer__weight=Array(np.zeros(250_000, np.float32))), 1, r
     ),
+    "malformed: a header without an end": lambda w, y, r: content(
+        replaced(y, layer__weight=Array("float32", (3, 4), "numpy.ndarray", header("{'descr':'<f4','shape':(3,4)"))),
+        1,
+        r,
+    ),
+    "malformed: more examples than float32 bears": lambda w, y, r: content(to_record(y), 1e300, r),
     "malformed: examples": lambda w, y, r: content(to_record(y), -1, r),
     "malformed: many examples": lambda w, y, r: content(to_record(y), float("inf"), r),
     "no_examples": lambda w, y, r: content(to_record(y), 0, r),
@@ -159,6 +171,30 @@ def test_an_absolute_bound_refuses_in_the_first_round() -> None:
     assert equal(arrays, start())
     assert strategy.collected is not None
     assert strategy.collected.refused["norm"] == 3
+
+
+def test_one_number_beyond_all_bounds_is_a_norm_that_is_refused() -> None:
+    model = {"scale": torch.tensor(1.0, dtype=torch.float64)}
+    turn = lambda client, r, w: {"scale": torch.tensor(1e200 if client == BAD else 2.0, dtype=torch.float64)}  # noqa: E731
+    strategy = FedMom(fraction_evaluate=0.0)
+    strategy.start(InProcessGrid(toy_app(turn), 3), to_record(model), 1)
+    assert strategy.collected is not None
+    assert dict(strategy.collected.refused) == {"norm": 1}
+
+
+def test_metrics_beyond_all_bounds_are_left_out() -> None:
+    turn = lambda client, r, w: content(to_record(w), 1, r, loss=1.7e308 if client else 1.0, big=1e200)  # noqa: E731
+    result = FedMom(fraction_evaluate=0.0).start(InProcessGrid(toy_app(turn), 3), to_record(start()), 1)
+    assert dict(result.train_metrics_clientapp[1]) == {"loss": 1.0}
+
+
+def test_names_with_odd_digits_have_an_order() -> None:
+    assert sorted_by_name([1, 2, 3], {1: "3²", 2: "10", 3: "٩"}) == [1, 3, 2]
+
+
+def test_complex_arrays_are_refused_before_anybody_is_asked() -> None:
+    with pytest.raises(TypeError, match=r"complex.*'c'"):
+        FedMom().start(InProcessGrid(toy_app(), 2), to_record({"c": torch.ones(2, dtype=torch.complex64)}), 1)
 
 
 def test_a_client_without_a_name_or_with_anothers_is_known_by_its_id() -> None:

@@ -129,6 +129,28 @@ def test_other_settings_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert "'momentum': (0.9, 0.5)" in caplog.text
 
 
+def test_a_second_start_begins_anew_and_draws_other_noise() -> None:
+    plain = FedMom(fraction_evaluate=0.0)
+    first, second = (
+        tensors_of(plain.start(InProcessGrid(toy_app(), 3), to_record(start()), 3).arrays) for _ in range(2)
+    )
+    assert equal(first, second)
+    private = FedMom(fraction_evaluate=0.0, privacy=Privacy(0.5, 0.8, 1e-5, 3))
+    first, second = (
+        tensors_of(private.start(InProcessGrid(toy_app(), 3), to_record(start()), 1).arrays) for _ in range(2)
+    )
+    assert not equal(first, second)
+    assert private.accountant is not None
+    assert sum(release.rounds for release in private.accountant.releases) == 2
+
+
+def test_the_log_of_a_state_that_was_removed_is_not_gone_on_with(tmp_path: Path) -> None:
+    strategy(tmp_path).start(InProcessGrid(toy_app(), 6), to_record(start()), 3)
+    (tmp_path / STATE_FILE).unlink()
+    strategy(tmp_path).start(InProcessGrid(toy_app(), 6), to_record(start()), 2)
+    assert [json.loads(line)["round"] for line in (tmp_path / HISTORY_FILE).read_text().splitlines()] == [1, 2]
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     strategy(tmp_path).start(InProcessGrid(toy_app(), 6), to_record(start()), 2)
     log = tmp_path / HISTORY_FILE
