@@ -223,6 +223,7 @@ SCRIPT = [sys.executable, str(Path(sys.executable).with_name("distopt"))]
         pytest.param(MODULE, "ddp", id="module-ddp", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.timeout(180)  # each process imports everything anew
 def test_strategies_that_run_the_script_again_work(tmp_path: Path, start: list[str], strategy: str) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "MASTER_", "LOCAL_RANK"))}
     done = subprocess.run([*start, *_short(tmp_path, strategy)], cwd=PROJECT, env=env, capture_output=True, text=True)

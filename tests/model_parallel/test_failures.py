@@ -97,5 +97,5 @@ def test_neighbours_of_a_lost_stage_say_so_in_time_and_end(how: str) -> None:
         assert found[:2] == (stage, 1)
         assert 0 <= found[2] < 12
         assert found[3] < 2.0
-        assert f"Stage {stage} could not" in found[4]
+        assert f"Stage {stage} on rank {stage} could not" in found[4]
         assert "rank 1" in found[4]

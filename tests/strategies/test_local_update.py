@@ -21,7 +21,7 @@ from lightning_distopt.strategies.header import Header, read_header
 from tests.strategies.everything import Everything, assert_all_same
 from tests.strategies.fits import At, State, assert_same_on_all_ranks, distance, fit, flat, gathered, warnings_to
 from tests.strategies.models import BATCH, Net, data
-from tests.strategies.rows import build
+from tests.strategies.rows import RECORDS
 from tests.strategies.test_exact_resume import Random
 from tests.strategies.test_manual_optimization import Gan
 from tests.strategies.test_yaml import strategy_from
@@ -304,13 +304,20 @@ def test_a_single_device_trains_and_sends_nothing() -> None:
 # ---- names, text, bad input ------------------------------------------------------------------------------------------
 
 
+def registered(name: str) -> LocalUpdateStrategy:
+    record = RECORDS[name]
+    found = record.strategy(**record.arguments)
+    assert isinstance(found, LocalUpdateStrategy)
+    return found
+
+
 def test_the_rows_are_the_methods() -> None:
-    assert build("local_sgd").outer_optimizer == Plain()
-    assert build("fedavg").inner_state == build("fedmom").inner_state == "reset"
-    assert build("fedmom").outer_optimizer == FedMom(1.0, 0.9)
-    diloco = build("diloco")
+    assert registered("local_sgd").outer_optimizer == Plain()
+    assert registered("fedavg").inner_state == registered("fedmom").inner_state == "reset"
+    assert registered("fedmom").outer_optimizer == FedMom(1.0, 0.9)
+    diloco = registered("diloco")
     assert (diloco.outer_optimizer, diloco.sync_every, diloco.inner_state) == (FedMom(0.7, 0.9), 500, "keep")
-    pef = build("sa_pef")
+    pef = registered("sa_pef")
     assert (pef.error_feedback, pef.coefficient, pef.sync_every) == ("step_ahead", 0.85, 5)
 
 
