@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from lightning_distopt.compressors.base import check_ratio
 
@@ -62,6 +65,19 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in (
+            "workers",
+            "group_size",
+            "sync_period",
+            "flush_every",
+            "certify_every",
+            "local_steps",
+            "max_rounds",
+            "exact_every",
+        ):
+            # A numpy integer overflows in the arithmetic of keys, where Python's does not.
+            if isinstance(getattr(self, name), np.integer):
+                object.__setattr__(self, name, int(getattr(self, name)))
         _at_least("n_workers", self.workers, 1)
         if not _whole(self.group_size) or not 1 <= self.group_size <= self.workers:
             raise ValueError(
@@ -70,9 +86,9 @@ class Config:
             )
         _at_least("sync_period", self.sync_period, 1)
         check_density(self.density)
-        if not 0 < self.gamma <= 1:
+        if not (_number(self.gamma) and 0 < self.gamma <= 1):
             raise ValueError(f"`gamma` must be in (0, 1]: got {self.gamma!r}. 1 takes local steps whole.")
-        if not (0 < self.sigma < math.inf):
+        if not (_number(self.sigma) and 0 < self.sigma < math.inf):
             raise ValueError(f"`sigma` must be a positive number: got {self.sigma!r}. None takes the safe gamma K.")
         if self.downlink not in ("assign", "topk"):
             raise ValueError(f"`downlink` must be 'assign' or 'topk': got {self.downlink!r}.")
@@ -104,7 +120,7 @@ class Config:
 
 def check_tol(tol: float) -> None:
     """Raise a ``ValueError`` unless ``tol`` is a number from 0."""
-    if not (isinstance(tol, int | float) and 0 <= tol < math.inf):
+    if not (_number(tol) and 0 <= tol < math.inf):
         raise ValueError(f"`tol` must be a number from 0: got {tol!r}. It bounds (P - D) / max(1, |P|).")
 
 
@@ -142,7 +158,7 @@ def preset(name: str, workers: int, **changes: Any) -> Config:
     Raises:
         ValueError: for an unknown name, or numbers that :class:`Config` refuses.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"`algorithm` must be one of {', '.join(PRESETS)}: got {name!r}.")
     _at_least("n_workers", workers, 1)
     half = max(1, workers // 2)
@@ -161,6 +177,8 @@ def preset(name: str, workers: int, **changes: Any) -> Config:
     sigma = changes.pop("sigma", None)
     own.update({field: value for field, value in changes.items() if value is not None})
     gamma = own.get("gamma", 1.0)
+    if not _number(gamma):
+        raise ValueError(f"`gamma` must be in (0, 1]: got {gamma!r}. 1 takes local steps whole.")
     if isinstance(sigma, str):
         if sigma not in ("group", "alone"):
             raise ValueError(f"`sigma` must be a number, 'group', 'alone' or None: got {sigma!r}.")
@@ -171,6 +189,32 @@ def preset(name: str, workers: int, **changes: Any) -> Config:
     if name == "acpd_authors":
         own.setdefault("residual_weight", own["sigma"])
     return Config(workers=workers, **own)
+
+
+def check_seed(seed: object) -> int:
+    """Return a seed as an int; raise a ``ValueError`` unless it is a whole number."""
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+        raise ValueError(
+            f"`seed` must be a whole number: got {seed!r}. It names the orders of samples and the partition."
+        )
+    return int(seed)
+
+
+def check_positive(name: str, value: Any, cure: str, most: float = sys.float_info.max) -> None:
+    """Raise a ``ValueError`` unless ``value`` is a number above 0 and at most ``most``."""
+    if not (_number(value) and 0 < value <= most):
+        raise ValueError(
+            f"`{name}` must be a {'finite ' if most < math.inf else ''}number above 0: got {value!r}. {cure}"
+        )
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise a ``ValueError`` unless ``value`` is a whole number from ``least``."""
+    _at_least(name, value, least)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating)
 
 
 def _whole(value: object) -> bool:

@@ -161,6 +161,8 @@ class ACPDClassifier(ClassifierMixin, Linear):
                 np.repeat(self.classes_, counts.astype(np.int64)) if self.class_weight == "balanced" else self.classes_
             )
             factors = compute_class_weight(self.class_weight, classes=self.classes_, y=every)
+            if not (np.isfinite(factors) & (factors >= 0)).all():
+                raise ValueError(f"`class_weight` must hold finite numbers from 0: got {self.class_weight}.")
             weight, sums = weight * factors[places], sums * factors
         chosen = [1] if len(self.classes_) == 2 else range(len(self.classes_))
         return np.array([np.where(places == c, 1.0, -1.0) for c in chosen]), weight, float(sums.sum())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def _shard_lines(path: str | os.PathLike[str], shard: int, shards: int) -> Itera
     """Yield blocks of this shard's lines with their numbers in the file, from 1."""
     number = sample = 0
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-        while lines := file.readlines(_BLOCK):
+        while lines := _block(path, file, number):
             numbers, kept = [], []
             for line in lines:
                 number += 1
@@ -97,6 +98,19 @@ def _shard_lines(path: str | os.PathLike[str], shard: int, shards: int) -> Itera
                     sample += 1
             if kept:
                 yield numbers, kept
+
+
+def _block(path: str | os.PathLike[str], file: Any, number: int) -> list[bytes]:
+    try:
+        lines: list[bytes] = file.readlines(_BLOCK)
+        return lines
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"'{path}' must be a whole gzip file: {error}, somewhere after line {number}. Copy it again, or, if it is not "
+            "compressed, take '.gz' off its name.",
+            str(path),
+            number + 1,
+        ) from error
 
 
 def _parsed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,15 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from lightning_distopt.errors import DataError
 from lightning_distopt.primal_dual.certificate import Row
 from lightning_distopt.primal_dual.checkpoints import CheckpointFile, fingerprint_of
-from lightning_distopt.primal_dual.config import Config, check_density, check_tol, preset
+from lightning_distopt.primal_dual.config import (
+    Config,
+    check_density,
+    check_positive,
+    check_seed,
+    check_tol,
+    check_whole,
+    preset,
+)
 from lightning_distopt.primal_dual.libsvm import read_libsvm
 from lightning_distopt.primal_dual.losses import Loss, loss_named
 from lightning_distopt.primal_dual.processes import Job, solve_on_processes
@@ -108,27 +117,28 @@ class Linear(BaseEstimator):
         if self.on_worker_loss not in ("raise", "redistribute"):
             raise ValueError(f"`on_worker_loss` must be 'raise' or 'redistribute': got {self.on_worker_loss!r}.")
         check_tol(self.tol)
+        check_whole("checkpoint_every", self.checkpoint_every, 1)
+        named = str(self.algorithm)
         density: float | None = None
         if isinstance(self.density, str):
             if self.density != "auto":
                 raise ValueError(f"`density` must be 'auto' or a number in (0, 1]: got {self.density!r}.")
-            if self.algorithm.startswith("acpd") and (dim < _DENSE_BELOW or ranks is None):
+            if named.startswith("acpd") and (dim < _DENSE_BELOW or ranks is None):
                 density = 1.0
         else:
             density = check_density(self.density)
         if self.checkpoint is not None and workers == self.n_workers == 1:
             raise ValueError("`checkpoint` needs `n_workers` above 1: one worker keeps none. Use `warm_start`.")
-        if not self.timeout > 0:
-            raise ValueError(f"`timeout` must be above 0 seconds: got {self.timeout!r}.")
+        check_positive("timeout", self.timeout, "It is in seconds.", math.inf)
         group = self.group_size
         if group is not None and workers < self.n_workers:  # some are lost
             group = min(group, workers)
         if group is None and self.density == "auto" and ranks is None:
             group = workers
         given: dict[str, Any] = {"local_steps": self.local_steps, "sigma": self.sigma, "tol": self.tol}
-        if self.algorithm.startswith("acpd"):
+        if named.startswith("acpd"):
             given.update(density=density, group_size=group, sync_period=self.sync_period, gamma=self.gamma)
-        config = preset(self.algorithm, workers, max_rounds=self.max_rounds, seed=self.seed, **given)
+        config = preset(self.algorithm, workers, max_rounds=self.max_rounds, seed=check_seed(self.seed), **given)
         if config.density < 1.0 or config.group_size < workers:
             return config
         # Every round is a full synchronisation, whatever the period: the gap may be taken when it is worth its time.
@@ -138,11 +148,9 @@ class Linear(BaseEstimator):
     def _strength(self, loss: Loss, total: float) -> float:
         """Return lam, translated from C where that is given."""
         if self.C is None:
-            if not self.lam > 0:
-                raise ValueError(f"`lam` must be above 0: got {self.lam!r}. The dual needs some regularisation.")
+            check_positive("lam", self.lam, "The dual needs some regularisation.")
             return float(self.lam)
-        if not self.C > 0:
-            raise ValueError(f"`C` must be above 0, or None to use `lam`: got {self.C!r}.")
+        check_positive("C", self.C, "None uses `lam`.")
         return 1.0 / (float(self.C) * total * loss.c_factor)
 
     def _solve(
@@ -164,7 +172,7 @@ class Linear(BaseEstimator):
             raise DataError(f"`sample_weight` must have a positive sum: got {total}.")
         lam = self._strength(loss, total)
         workers, speaks = (self.n_workers, True) if ranks is None else (ranks.world, ranks.rank == 0)
-        config = self._checked(workers, x.shape[1] + int(self.fit_intercept), ranks)
+        config = self._checked(workers, x.shape[1] + bool(self.fit_intercept), ranks)
         starts = self._starts(targets.shape)
         models, duals, self.history_ = [], [], []
         gap = primal = 0.0
@@ -212,7 +220,7 @@ class Linear(BaseEstimator):
                 config.max_rounds,
                 alpha=start,
                 local_steps=config.local_steps,
-                seed=self.seed,
+                seed=config.seed,
                 on_row=on_row,
             )
             return found[:3]

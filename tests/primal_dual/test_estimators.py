@@ -158,9 +158,19 @@ def test_progress_shows_gap_and_rounds(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "says"),
     [
         ({"loss": "huber"}, "`loss` must be one of"),
-        ({"lam": 0.0}, "`lam` must be above 0"),
-        ({"C": -1.0}, "`C` must be above 0"),
+        ({"lam": 0.0}, "`lam` must be a finite number above 0"),
+        ({"lam": np.inf}, "`lam` must be a finite number above 0"),
+        ({"lam": "strong"}, "`lam` must be a finite number above 0"),
+        ({"C": -1.0}, "`C` must be a finite number above 0"),
+        ({"C": np.inf}, "`C` must be a finite number above 0"),
         ({"algorithm": "sdca"}, "`algorithm`"),
+        ({"algorithm": None}, "`algorithm`"),
+        ({"gamma": "all"}, "`gamma`"),
+        ({"sigma": [1.0]}, "`sigma`"),
+        ({"seed": None}, "`seed` must be a whole number"),
+        ({"timeout": None}, "`timeout` must be a number above 0"),
+        ({"checkpoint_every": 0}, "`checkpoint_every`"),
+        ({"class_weight": {-1.0: 1.0, 1.0: -1.0}}, "`class_weight` must hold finite numbers from 0"),
         ({"density": "some"}, "`density`"),
         ({"tol": -1.0}, "`tol`"),
         ({"n_workers": 0}, "`n_workers`"),
@@ -171,6 +181,14 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], says: str) -> None:
     x, y = sparse_problem("logistic", 20, 5)
     with pytest.raises(ValueError, match=says):
         ACPDClassifier(**arguments).fit(x, y)
+
+
+def test_numbers_of_numpy_are_taken_as_those_of_python() -> None:
+    x, y = sparse_problem("logistic", 60, 20)
+    own: dict[str, Any] = {"n_workers": 1, "group_size": 1, "local_steps": 7, "seed": 3}
+    theirs = {name: np.int32(value) for name, value in own.items()}
+    left, right = ACPDClassifier(**own).fit(x, y), ACPDClassifier(**theirs, tol=np.float32(1e-4)).fit(x, y)
+    assert np.array_equal(left.coef_, right.coef_)
 
 
 def test_processes_of_one_machine_send_all_unless_told_otherwise() -> None:

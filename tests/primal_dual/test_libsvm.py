@@ -84,3 +84,11 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_libsvm(tmp_path / "none")
     with pytest.raises(ValueError, match="`shard` must be from 0 to 1: got 2"):
         read_libsvm(written(tmp_path / "a", "1 1:1\n"), shard=2, shards=2)
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b"1 1:2\n-1 2:1\n" * 2000)[:60], b"1 1:2\n-1 2:1\n"])
+def test_a_broken_gzip_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.gz' must be a whole gzip file"):
+        read_libsvm(path)
