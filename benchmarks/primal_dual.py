@@ -34,7 +34,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from benchmarks import primal_dual_problems as problems
-from benchmarks.primal_dual_hosts import floor, hosts
+from benchmarks.primal_dual_hosts import floor, hosts, server
 from benchmarks.primal_dual_simulated import simulated
 from benchmarks.results_file import wait_for_quiet
 from lightning_distopt.primal_dual import LOSSES, ACPDClassifier
@@ -186,16 +186,21 @@ def _passed(rank: int, world: int, x: Any, y: Array, loss: str, lam: float) -> f
     return min(times[1:])
 
 
+STUDIES: dict[str, Callable[[argparse.Namespace], None]] = {
+    "single": single, "two": two, "hosts": hosts, "floor": floor, "server": server, "simulated": simulated,
+}  # fmt: skip
+
+
 def table() -> str:
     """The tables of the docs."""
     lines: list[str] = []
     rows = problems.RESULTS.rows()
-    for study in ("single", "two", "hosts", "floor", "simulated"):
+    for study in STUDIES:
         own = [r for r in rows if r["study"] == study]
         if not own:
             continue
         lines += ["", f"### {study}", ""]
-        if study in ("hosts", "floor"):  # many methods: one line each
+        if study in ("hosts", "floor", "server"):  # many methods: one line each
             lines += ["| data | setting | method | seconds | rounds | MB up | |", "|---" * 7 + "|"]
             for r in own:
                 up = f"{int(r['bytes_up']) / 1e6:.2f}" if r["bytes_up"] else ""
@@ -218,7 +223,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmarks.primal_dual", description=__doc__.splitlines()[0] if __doc__ else ""
     )
-    parser.add_argument("study", nargs="?", choices=("single", "two", "hosts", "floor", "simulated"))
+    parser.add_argument("study", nargs="?", choices=tuple(STUDIES))
     parser.add_argument("data", nargs="*", help="name=path of a LIBSVM file, or generated")
     parser.add_argument("--table", action="store_true", help="print the tables of the docs")
     parser.add_argument("--lam", type=float, default=1e-3)
@@ -241,7 +246,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if given.study in ("single", "hosts", "floor") and not given.data:
         parser.error("name data sets, as name=path, or `generated`")
     if given.study is not None:
-        {"single": single, "two": two, "hosts": hosts, "floor": floor, "simulated": simulated}[given.study](given)
+        {"single": single, "two": two, "hosts": hosts, "floor": floor, "server": server, "simulated": simulated}[
+            given.study
+        ](given)
     if given.table:
         print(table())
 

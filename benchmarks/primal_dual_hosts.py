@@ -15,7 +15,9 @@ from benchmarks import primal_dual_problems as problems
 from benchmarks.hosts import bits_per_second, enter, network, why_not
 from benchmarks.results_file import wait_for_quiet
 from lightning_distopt.primal_dual import LOSSES, Config, Row, Worker, preset, shards_of, simulate
+from lightning_distopt.primal_dual.messages import Kind, Message
 from lightning_distopt.primal_dual.ranks import Hooks, Rank, run_rank
+from lightning_distopt.primal_dual.server import Server
 from lightning_distopt.primal_dual.split import make_shard, parts
 from tests.ranks import run_ranks
 
@@ -139,4 +141,33 @@ def floor(given: argparse.Namespace) -> None:
             problems.row(
                 study="floor", data=name, loss=given.loss, method=f"density {density}", setting=setting,
                 bytes_up=given.hosts * 12 * int(density * model.size), extra=f"gap {primal - run.certificate.dual:.2e}",
+            )  # fmt: skip
+
+
+def server(given: argparse.Namespace) -> None:
+    """Seconds that the server takes for a round of a group, its answers included, by the bytes that it receives; no network."""
+    for workers in given.simulated_workers:
+        for share in (0.001, 0.01, 0.1):
+            config = preset("acpd", workers, density=share, sync_period=1000, tol=1e-9, max_rounds=10**6)
+            entries, rng = int(share * given.columns), np.random.default_rng(0)
+            own = Server(config, given.columns, given.lam, 1.0)
+            for worker in range(workers):
+                own.receive(worker, Message(Kind.HELLO, 0, None, np.empty(0), np.zeros(3), purpose="setup"))
+            group = [
+                (np.sort(rng.choice(given.columns, entries, replace=False)).astype(np.int32), rng.standard_normal(entries))
+                for _ in range(config.group_size)
+            ]  # fmt: skip
+            seconds = []
+            for version in range(given.repeats + 1):  # the same workers answer in every round
+                messages = [Message(Kind.UPDATE, version, places, values) for places, values in group]
+                start = time.perf_counter()
+                for worker, message in enumerate(messages):
+                    own.receive(worker, message)
+                seconds.append(time.perf_counter() - start)
+            received = sum(message.nbytes for message in messages)
+            middle = float(np.median(seconds[1:]))
+            problems.row(
+                study="server", data=f"{given.columns} coordinates", method=f"{workers} workers, rho={share:g}",
+                setting=f"groups of {config.group_size}", seconds=f"{middle:.5f}", bytes_up=received,
+                extra=f"{1e9 * middle / received:.2f} ns a byte",
             )  # fmt: skip

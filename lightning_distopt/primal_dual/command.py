@@ -98,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         "--density", type=_number_or_word, default="auto", help="share of the coordinates sent, or auto"
     )
     parser.add_argument("--local-steps", type=int, help="coordinate steps a round (one pass over the worker's samples)")
-    parser.add_argument("--sigma", type=_number_or_word, help="safety factor: a number or group (the safe gamma K)")
+    parser.add_argument(
+        "--sigma",
+        type=_number_or_word,
+        help="safety factor: a number, group (gamma B) or alone (gamma), both guarded; the safe gamma K if not given",
+    )
     parser.add_argument("--gamma", type=float, default=1.0, help="share of each local step that is taken (1)")
     parser.add_argument("--no-intercept", action="store_true", help="do not append the constant feature")
     parser.add_argument("--features", type=int, help="number of features (the largest index of the file)")
